@@ -26,6 +26,7 @@ What is unusual here:
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -121,9 +122,8 @@ class ChatGLMRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # float32 also under autocast: half precision cannot tell neighbouring positions apart beyond 2048.
-        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            angles = position_ids[:, None, :, None].float() * self.inv_freq.float()  # [batch, 1, seq, head_dim / 4]
+        # Half precision cannot tell neighbouring positions apart beyond 2048.
+        angles = position_ids[:, None, :, None].float() * self.inv_freq.float()  # [batch, 1, seq, head_dim / 4]
         return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
 
 
@@ -340,6 +340,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ChatGLMBlock, "attentions": ChatGLMAttention}
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Loading replaces the parameters by new ones, which all require a gradient.
+        if model.base_model.prefix_encoder is not None:
+            model.base_model.freeze_all_but_prefix()
+        return loaded
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embedding.word_embeddings
 
@@ -371,11 +380,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.prefix_encoder = None
         # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
         if config.pre_seq_len is not None:
-            # P-tuning v2 trains the prefix and nothing else.
-            self.requires_grad_(False)
             self.prefix_encoder = PrefixEncoder(config)
+            self.freeze_all_but_prefix()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def freeze_all_but_prefix(self) -> None:
+        """P-tuning v2 trains the prefix and nothing else."""
+        self.requires_grad_(False)
+        self.prefix_encoder.requires_grad_(True)
 
     def add_prefix(self, past_key_values: Cache | None, inputs_embeds: torch.Tensor) -> Cache:
         """Put the prefix into a cache that holds nothing yet, making the cache if there is none."""

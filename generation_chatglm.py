@@ -1,0 +1,385 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What `chat` means: conversations on top of the library's `generate`.
+
+What is unusual here:
+
+- The whole conversation is encoded anew in every turn. A cache kept from the turn before holds the ids it was made
+  from, and only its common beginning with the new ids is used: a reused cache never changes an answer.
+- Streaming runs `generate` in a thread that hands tokens over as they come. Closing the iterator stops the thread.
+- Only stop tokens are removed from an answer, so one that was cut off by `max_length` is returned whole.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from .conversation_chatglm import native_history, normalize_messages, read_answer
+
+
+# Defaults of the published `chat`; `max_length` counts the prompt.
+CHAT_DEFAULTS = {
+    "chatglm2": {"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
+    "chatglm3": {"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
+}
+
+History = list[tuple[str, str]] | list[dict[str, Any]]
+
+
+class ConversationCache(DynamicCache):
+    """A cache that knows which tokens it holds, so that the next turn can tell how much of it still applies."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.token_ids: list[int] = []
+
+    def keep_common_prefix(self, token_ids: list[int]) -> None:
+        """Drop everything from the first token on that differs from `token_ids`, and always the last one of them."""
+        length = 0
+        for held, wanted in zip(self.token_ids, token_ids[:-1]):
+            if held != wanted:
+                break
+            length += 1
+        self.crop(length - self.get_seq_length())
+        self.token_ids = token_ids[:length]
+
+
+class NotANumberCheck(LogitsProcessor):
+    """Stop with an explanation where sampling would fail or, worse, go on with a random token."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if torch.isnan(scores).any():
+            raise ValueError(
+                f"The model's scores are not numbers while computing in {self.dtype}. float16 overflows easily: load "
+                "the model with `dtype=torch.bfloat16` or `torch.float32`. If it stays, the weights are damaged."
+            )
+        return scores
+
+
+class StopEvent(StoppingCriteria):
+    """Stops all rows as soon as an event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        return torch.full(input_ids.shape[:1], self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+class QueueStreamer(BaseStreamer):
+    """Puts the new tokens of each step, `[batch]`, into a queue; the prompt, which comes first, is left out."""
+
+    def __init__(self) -> None:
+        self.queue: queue.SimpleQueue[torch.Tensor | BaseException | None] = queue.SimpleQueue()
+        self.saw_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.saw_prompt:
+            self.queue.put(value)
+        self.saw_prompt = True
+
+    def end(self) -> None:
+        """The end is marked by the thread, which knows whether it was an error."""
+
+
+class ChatGLMGenerationMixin(GenerationMixin):
+    """`generate` with early errors, and `chat`, `stream_chat`, `batch_chat` and `stream_generate` on top of it."""
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as `GenerationMixin.generate` does, after checking the prompt.
+
+        Raises:
+            ValueError: for ids outside the vocabulary, for a prompt longer than the model's positions, and for
+                scores that are not numbers.
+        """
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is not None and input_ids.numel() > 0:
+            self._check_prompt(input_ids)
+            if kwargs.get("attention_mask") is None and kwargs.get("inputs_embeds") is None:
+                # `<unk>` and padding share the id 0, so the library would take an `<unk>` of the prompt for padding.
+                kwargs["attention_mask"] = torch.ones_like(input_ids)
+        if self.config.pre_seq_len is not None:
+            self._check_prefix_support(generation_config or self.generation_config, kwargs)
+        logits_processor = LogitsProcessorList([*(logits_processor or []), NotANumberCheck(self.dtype)])
+        return super().generate(
+            inputs, generation_config=generation_config, logits_processor=logits_processor, **kwargs
+        )
+
+    def _check_prompt(self, input_ids: torch.LongTensor) -> None:
+        lowest, highest = input_ids.min().item(), input_ids.max().item()
+        if lowest < 0 or highest >= self.config.vocab_size:
+            raise ValueError(
+                f"The prompt holds the id {lowest if lowest < 0 else highest}, outside the vocabulary of "
+                f"{self.config.vocab_size} ids. Was it encoded with another model's tokenizer?"
+            )
+        if input_ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"The prompt has {input_ids.shape[1]} tokens, more than the {self.config.max_position_embeddings} "
+                "positions of this model (`seq_length` in its config.json). Shorten the history or the query."
+            )
+
+    def _check_prefix_support(self, generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+        for name in ("cache_implementation", "prefill_chunk_size"):
+            value = kwargs.get(name, getattr(generation_config, name, None))
+            if value not in (None, "dynamic"):
+                raise ValueError(f"`{name}={value!r}` does not work with a P-tuning prefix (`pre_seq_len`) yet.")
+
+    @torch.no_grad()
+    def chat(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        query: str,
+        history: History | None = None,
+        role: str = "user",
+        past_key_values: ConversationCache | None = None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """Answer one message of a conversation.
+
+        Args:
+            tokenizer: the `ChatGLMTokenizer` of the checkpoint.
+            query: the new message.
+            history: the conversation so far, pairs of query and answer or message dicts; it is not changed.
+            role: who says `query`: `"user"`, `"system"` or `"observation"`.
+            past_key_values: the cache that an earlier turn returned; the same answer comes faster.
+            return_past_key_values: return that cache as a third value.
+            kwargs: anything `generate` takes. `max_length` counts the prompt; `temperature=0` decodes greedily.
+
+        Returns:
+            The answer (text, or a dict for a tool call) and the new history, in the form of the generation: pairs
+            for ChatGLM2, dicts for ChatGLM3.
+
+        Raises:
+            ValueError: for an unknown role, a malformed history, or a prompt that is too long.
+        """
+        messages = self._next_messages(query, history, role)
+        prompt_ids = self._encode(tokenizer, messages)
+        cache = self._prepare_cache(past_key_values, return_past_key_values, prompt_ids)
+        kwargs = self._chat_kwargs(tokenizer, kwargs)
+        output_ids = self.generate(torch.tensor([prompt_ids], device=self.device), past_key_values=cache, **kwargs)[
+            0
+        ].tolist()
+        if cache is not None:
+            cache.token_ids = output_ids[: cache.get_seq_length()]
+        answer = self._read(tokenizer, output_ids[len(prompt_ids) :], messages, kwargs["eos_token_id"])
+        return (*answer, cache) if return_past_key_values else answer
+
+    @torch.no_grad()
+    def stream_chat(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        query: str,
+        history: History | None = None,
+        role: str = "user",
+        past_key_values: ConversationCache | None = None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[tuple[Any, ...]]:
+        """Answer as [`chat`] does, yielding the answer so far after every token.
+
+        The last yield equals what `chat` returns. Closing the iterator stops the work. A returned cache may be
+        handed to the next turn once the iterator has ended.
+        """
+        messages = self._next_messages(query, history, role)
+        prompt_ids = self._encode(tokenizer, messages)
+        cache = self._prepare_cache(past_key_values, return_past_key_values, prompt_ids)
+        kwargs = self._chat_kwargs(tokenizer, kwargs)
+        stop_ids = kwargs["eos_token_id"]
+        input_ids = torch.tensor([prompt_ids], device=self.device)
+        output_ids, shown = prompt_ids, False
+        try:
+            with closing(self.stream_generate(input_ids, past_key_values=cache, **kwargs)) as stream:
+                for step in stream:
+                    output_ids = step[0].tolist()
+                    new_ids = output_ids[len(prompt_ids) :]
+                    text = self._decode(tokenizer, new_ids, stop_ids)
+                    # Half a character shows as U+FFFD until its last byte arrives.
+                    shown = text != "" and not text.endswith("\ufffd")
+                    if shown:
+                        answer = self._read(tokenizer, new_ids, messages, stop_ids)
+                        yield (*answer, cache) if return_past_key_values else answer
+        finally:
+            if cache is not None:
+                cache.token_ids = output_ids[: cache.get_seq_length()]
+        if not shown:
+            answer = self._read(tokenizer, output_ids[len(prompt_ids) :], messages, stop_ids)
+            yield (*answer, cache) if return_past_key_values else answer
+
+    @torch.no_grad()
+    def batch_chat(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        queries: list[str],
+        histories: list[History | None] | None = None,
+        role: str = "user",
+        **kwargs: Any,
+    ) -> tuple[list[Any], list[History]]:
+        """Answer several conversations in one batch; see [`chat`].
+
+        Returns:
+            The answers and the new histories, in the order of `queries`.
+        """
+        if isinstance(queries, str) or not queries:
+            raise ValueError(f"`queries` must be a list of at least one message, got {queries!r}.")
+        histories = [None] * len(queries) if histories is None else histories
+        if len(histories) != len(queries):
+            raise ValueError(f"Got {len(queries)} queries but {len(histories)} histories; give one for each query.")
+        batch = [self._next_messages(query, history, role) for query, history in zip(queries, histories)]
+        prompts = [{"input_ids": self._encode(tokenizer, messages)} for messages in batch]
+        inputs = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(self.device)
+        kwargs = self._chat_kwargs(tokenizer, kwargs)
+        output_ids = self.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **kwargs)
+        answers = [
+            self._read(tokenizer, new_ids, messages, kwargs["eos_token_id"])
+            for new_ids, messages in zip(output_ids[:, inputs["input_ids"].shape[1] :].tolist(), batch)
+        ]
+        return [response for response, _ in answers], [history for _, history in answers]
+
+    @torch.no_grad()
+    def stream_generate(
+        self,
+        input_ids: torch.LongTensor,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[torch.LongTensor | tuple[torch.LongTensor, Cache]]:
+        """Generate as `generate` does, yielding all ids so far, `[batch, seq]`, after every token.
+
+        Args:
+            input_ids: the prompt, `[batch, seq]`.
+            return_past_key_values: yield pairs of ids and the cache, which is one object that keeps growing.
+            kwargs: anything `generate` takes.
+        """
+        if return_past_key_values and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = DynamicCache(config=self.config)
+        stopped = threading.Event()
+        streamer = QueueStreamer()
+        thread = threading.Thread(
+            target=self._generate_into,
+            args=(streamer, torch.is_autocast_enabled(self.device.type), torch.is_inference_mode_enabled()),
+            kwargs={
+                "inputs": input_ids,
+                "generation_config": generation_config,
+                "logits_processor": logits_processor,
+                "stopping_criteria": StoppingCriteriaList([*(stopping_criteria or []), StopEvent(stopped)]),
+                **kwargs,
+            },
+            daemon=True,
+        )
+        thread.start()
+        try:
+            while (item := streamer.queue.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                input_ids = torch.cat([input_ids, item.to(input_ids.device)[:, None]], dim=-1)
+                yield (input_ids, kwargs["past_key_values"]) if return_past_key_values else input_ids
+        finally:
+            stopped.set()
+            thread.join()
+
+    def _generate_into(self, streamer: QueueStreamer, autocast: bool, inference_mode: bool, **kwargs: Any) -> None:
+        try:
+            # Both modes belong to a thread, and this is another one than the caller's.
+            with torch.inference_mode(inference_mode), torch.autocast(self.device.type, enabled=autocast):
+                self.generate(streamer=streamer, **kwargs)
+            streamer.queue.put(None)
+        except BaseException as error:  # Whatever it is belongs to the caller, who waits at the queue.
+            streamer.queue.put(error)
+
+    def _next_messages(self, query: str, history: History | None, role: str) -> list[dict[str, Any]]:
+        if not isinstance(query, str):
+            raise TypeError(f"`query` must be a string, got {type(query).__name__}: {query!r}.")
+        messages = normalize_messages(history, self.config.model_version)
+        return messages + normalize_messages([{"role": role, "content": query}], self.config.model_version)
+
+    def _encode(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
+        return tokenizer.encode_conversation(messages, model_version=self.config.model_version)
+
+    def _prepare_cache(
+        self, past_key_values: ConversationCache | None, is_returned: bool, prompt_ids: list[int]
+    ) -> ConversationCache | None:
+        if past_key_values is None:
+            return ConversationCache(config=self.config) if is_returned else None
+        if not hasattr(past_key_values, "keep_common_prefix"):
+            raise TypeError(
+                "`past_key_values` must be the cache that `chat` or `stream_chat` returned, because it knows which "
+                f"tokens it holds; got {type(past_key_values).__name__}."
+            )
+        if self.config.pre_seq_len is not None:
+            # The cache also holds the prefix, which the library's length arithmetic does not know of.
+            return ConversationCache(config=self.config)
+        past_key_values.keep_common_prefix(prompt_ids)
+        return past_key_values
+
+    def _chat_kwargs(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> dict[str, Any]:
+        model_version = self.config.model_version
+        stop_ids = tokenizer.stop_token_ids(model_version)
+        defaults = {"eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_token_id, "do_sample": True}
+        kwargs = {**defaults, **CHAT_DEFAULTS[model_version], **kwargs}
+        if "stop_strings" in kwargs:
+            kwargs["tokenizer"] = tokenizer
+        if kwargs.get("max_new_tokens") is not None:
+            del kwargs["max_length"]
+        if not kwargs["do_sample"] or kwargs["temperature"] == 0:
+            # `None` also silences what a generation_config.json says about sampling.
+            kwargs.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+        if isinstance(kwargs["eos_token_id"], int):
+            kwargs["eos_token_id"] = [kwargs["eos_token_id"]]
+        return kwargs
+
+    def _decode(self, tokenizer: PreTrainedTokenizerBase, new_ids: list[int], stop_ids: list[int]) -> str:
+        """The text before the first stop token; a batch fills what follows it with padding."""
+        stops = (index for index, token_id in enumerate(new_ids) if token_id in stop_ids)
+        return tokenizer.decode(new_ids[: next(stops, None)], model_version=self.config.model_version)
+
+    def _read(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        new_ids: list[int],
+        messages: list[dict[str, Any]],
+        stop_ids: list[int],
+    ) -> tuple[Any, History]:
+        text = self._decode(tokenizer, new_ids, stop_ids)
+        response, new_messages = read_answer(text, messages, self.config.model_version)
+        return response, native_history(messages + new_messages, self.config.model_version)
+
+
+__all__ = ["ChatGLMGenerationMixin", "ConversationCache"]
