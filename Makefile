@@ -1,0 +1,50 @@
+# Every target sets up what it needs in a virtual environment inside the repository.
+# Python 3.11 or newer and make are all a machine has to bring.
+#
+#   make chat                             talk to the small bundled model
+#   make chat MODEL=/path/to/chatglm3-6b  talk to a checkpoint
+#   make chat ARGS='--once 你好'          one answer, for scripts
+#   make test ARGS='-k stream_chat'       some of the tests
+
+PYTHON ?= python3
+MODEL ?= examples/tiny-chatglm3
+ARGS ?=
+
+NEWEST := .venv
+FLOOR := .venv-floor
+# The files mlinter has rules for.
+MODEL_FILES := $(wildcard configuration_*.py modeling_*.py tokenization_*.py generation_*.py)
+
+.PHONY: setup chat test test-floor style fix bench
+
+setup: $(NEWEST)/installed
+
+chat: setup
+	@$(NEWEST)/bin/python examples/chat.py $(MODEL) $(ARGS)
+
+test: setup
+	$(NEWEST)/bin/python -m pytest $(ARGS)
+
+test-floor: $(FLOOR)/installed
+	$(FLOOR)/bin/python -m pytest -m floor $(ARGS)
+
+style: setup
+	$(NEWEST)/bin/ruff format --check .
+	$(NEWEST)/bin/ruff check .
+	$(NEWEST)/bin/mlinter --no-progress $(MODEL_FILES)
+
+fix: setup
+	$(NEWEST)/bin/ruff check --fix .
+	$(NEWEST)/bin/ruff format .
+
+bench: setup
+	$(NEWEST)/bin/python benchmarks/decode.py $(ARGS)
+
+$(NEWEST)/installed: requirements/newest.txt requirements/common.txt
+$(FLOOR)/installed: requirements/floor.txt requirements/common.txt
+
+%/installed:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	@test -x $*/bin/python || $(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
