@@ -58,7 +58,8 @@ class ChatGLMRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        weight = self.weight.to(hidden_states.dtype)
+        normed = F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
         # The residual stream may be float32 while the layers compute in half precision.
         return normed.to(self.weight.dtype)
 
