@@ -1,0 +1,459 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How conversations are written down and answers are read, without a tokenizer or a model."""
+
+import ast
+import copy
+import json
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+pytestmark = pytest.mark.floor
+
+WEATHER = {"name": "get_weather", "description": "查询天气", "parameters": {"type": "object", "properties": {}}}
+OPENAI_WEATHER = {"type": "function", "function": WEATHER}
+CALL = "```python\ntool_call(city='北京', days=3)\n```"
+
+
+@pytest.fixture(scope="module")
+def conversation(source: Callable[[str], ModuleType]) -> ModuleType:
+    return source("conversation_chatglm")
+
+
+@pytest.fixture
+def written(conversation: ModuleType) -> Callable[..., str]:
+    """The text of a conversation, with `{}` around what counts as answer."""
+
+    def write(messages: list[Any], version: str = "chatglm3", add_generation_prompt: bool = True) -> str:
+        messages = conversation.normalize_messages(messages, version)
+        text = ""
+        for segment in conversation.conversation_segments(messages, version, add_generation_prompt):
+            piece = segment.text
+            for start, end in reversed(segment.answer_spans):
+                piece = f"{piece[:start]}{{{piece[start:end]}}}{piece[end:]}"
+            text += f"{{{piece}}}" if segment.is_answer else piece
+        return text.replace("}{", "")
+
+    return write
+
+
+def test_it_imports_nothing_but_the_standard_library(conversation: ModuleType) -> None:
+    tree = ast.parse(Path(conversation.__file__).read_text(encoding="utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert imported == {"ast", "collections.abc", "copy", "io", "json", "reprlib", "tokenize", "typing"}
+
+
+# Forms of a conversation
+
+
+def test_pairs_and_dicts_are_the_same_conversation(conversation: ModuleType) -> None:
+    dicts = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "metadata": "", "content": "a"},
+        {"role": "user", "content": "r"},
+    ]
+    for mixed in ([("q", "a"), dicts[2]], [["q", "a"], dicts[2]], dicts, tuple(dicts)):
+        assert conversation.normalize_messages(mixed, "chatglm3") == dicts
+    assert conversation.normalize_messages(None, "chatglm2") == []
+
+
+def test_openai_messages_take_the_published_form(conversation: ModuleType) -> None:
+    function = {"name": "get_weather", "arguments": '{"city": "北京", "days": 3}'}
+    messages = [
+        {"role": "system", "content": "Help.", "tools": [OPENAI_WEATHER]},
+        {"role": "user", "content": [{"type": "text", "text": "北"}, {"type": "text", "text": "京?"}], "name": None},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]},
+        {"role": "tool", "tool_call_id": "1", "content": "12"},
+        {"role": "assistant", "content": "It is 12.", "tool_calls": None},
+    ]
+    assert conversation.normalize_messages(messages, "chatglm3") == [
+        {"role": "system", "content": "Help.", "tools": [WEATHER]},
+        {"role": "user", "content": "北京?"},
+        {"role": "assistant", "metadata": "get_weather", "content": CALL},
+        {"role": "observation", "content": "12"},
+        {"role": "assistant", "content": "It is 12."},
+    ]
+
+
+def test_text_beside_tool_calls_is_a_part_of_its_own(conversation: ModuleType) -> None:
+    calls = [{"function": {"name": name, "arguments": {"n": None}}} for name in ("one", "two")]
+    message = {"role": "assistant", "content": "Two calls.", "tool_calls": calls}
+    normalized = conversation.normalize_messages([message], "chatglm3")
+    assert [part.get("metadata", "") for part in normalized] == ["", "one", "two"]
+    assert normalized[2]["content"] == "```python\ntool_call(n=None)\n```"
+
+
+def test_nothing_of_the_caller_is_changed_or_shared(conversation: ModuleType) -> None:
+    messages = [
+        {"role": "system", "content": "s", "tools": [copy.deepcopy(WEATHER)]},
+        {"role": "user", "content": "q", "note": ["mine"]},
+        ["q", "a"],
+    ]
+    before = copy.deepcopy(messages)
+    normalized = conversation.normalize_messages(messages, "chatglm3")
+    conversation.conversation_segments(normalized, "chatglm3")
+    normalized[0]["tools"][0]["parameters"]["type"] = "changed"
+    normalized[1]["note"].append("changed")
+    conversation.add_tools(normalized[1:], [WEATHER])[0]["tools"][0]["parameters"]["type"] = "changed"
+    conversation.native_history(normalized, "chatglm3")[1]["note"].append("changed")
+    assert messages == before
+    assert normalized[1]["note"] == ["mine", "changed"]
+    assert WEATHER["parameters"]["type"] == "object"
+
+
+@pytest.mark.parametrize("version", ["chatglm2", "chatglm3"])
+def test_normalizing_twice_changes_nothing(conversation: ModuleType, version: str) -> None:
+    once = conversation.normalize_messages(
+        [
+            ("q", "a"),
+            {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": [1, "'"]}}]},
+        ],
+        version,
+    )
+    assert conversation.normalize_messages(once, version) == once
+
+
+@pytest.mark.parametrize(
+    ("history", "error", "message"),
+    [
+        ("hi", TypeError, "must be a list of messages or of pairs, got 'hi'"),
+        ({"role": "user", "content": "q"}, TypeError, "must be a list of messages"),
+        (["hi"], TypeError, r"messages\[0\] must be a dict .* got 'hi'"),
+        ([("q", None)], TypeError, r"messages\[0\].*\(question, answer\) pair of strings, got \('q', None\)"),
+        ([("q", "a", "b")], TypeError, "pair"),
+        ([("q", "a"), {"content": "q"}], ValueError, r"messages\[1\] has the role None"),
+        ([{"role": "function", "content": "q"}], ValueError, "'function'; the roles are system, user, assistant, obs"),
+        ([{"role": "user"}], ValueError, r"messages\[0\] has no `content`: {'role': 'user'}"),
+        ([{"role": "user", "content": 3}], TypeError, r"content of messages\[0\] must be a string, got 3"),
+        ([{"role": "observation", "content": {"t": 1}}], TypeError, "json.dumps"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], ValueError, "image_url"),
+        ([{"role": "assistant", "content": "a", "metadata": 1}], TypeError, "metadata"),
+        (
+            [{"role": "system", "content": "s", "tools": "weather"}],
+            TypeError,
+            r"`tools` of messages\[0\] must be a list",
+        ),
+        ([{"role": "system", "content": "s", "tools": ["weather"]}], TypeError, r"\['weather'\]"),
+        ([{"role": "assistant", "tool_calls": "f"}], TypeError, "`tool_calls`"),
+        ([{"role": "assistant", "tool_calls": ["f"]}], ValueError, "no function name: 'f'"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], ValueError, "'f' are not JSON"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}], ValueError, r"got \[1\]"),
+    ],
+)
+def test_what_has_no_form_is_named(
+    conversation: ModuleType, history: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        conversation.normalize_messages(history, "chatglm3")
+
+
+def test_an_unknown_generation_is_named(conversation: ModuleType) -> None:
+    for function in (conversation.normalize_messages, conversation.conversation_segments):
+        with pytest.raises(ValueError, match="'chatglm9'"):
+            function([], "chatglm9")
+
+
+def test_tools_join_the_system_message(conversation: ModuleType) -> None:
+    user = {"role": "user", "content": "q"}
+    system = {"role": "system", "content": "s"}
+    assert conversation.add_tools([user], None) == [user]
+    assert conversation.add_tools([system, user], [OPENAI_WEATHER]) == [{**system, "tools": [WEATHER]}, user]
+    made = conversation.add_tools([user], [WEATHER])
+    assert made == [{"role": "system", "content": conversation.TOOLS_PROMPT, "tools": [WEATHER]}, user]
+    assert system == {"role": "system", "content": "s"}
+    with pytest.raises(ValueError, match="given twice"):
+        conversation.add_tools(made, [WEATHER])
+    with pytest.raises(TypeError, match="must be a list"):
+        conversation.add_tools([user], WEATHER)
+
+
+# Writing a conversation down
+
+
+def test_every_piece_of_chatglm3_is_a_segment(conversation: ModuleType) -> None:
+    messages = [
+        {"role": "system", "content": "s", "tools": [{"name": "查"}]},
+        {"role": "user", "content": "<|user|>"},
+    ]
+    assert conversation.conversation_segments(messages, "chatglm3") == [
+        ("<|system|>", True, False, ()),
+        ("\n", False, False, ()),
+        ('s\n[\n    {\n        "name": "查"\n    }\n]', False, False, ()),
+        ("<|user|>", True, False, ()),
+        ("\n", False, False, ()),
+        ("<|user|>", False, False, ()),
+        ("<|assistant|>", True, False, ()),
+    ]
+
+
+def test_answers_of_chatglm3_include_what_closes_them(written: Callable[..., str]) -> None:
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "metadata": "f", "content": "call"},
+        {"role": "observation", "content": "o"},
+        {"role": "assistant", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "r"},
+        {"role": "assistant", "content": "end"},
+    ]
+    head = "<|user|>\nq<|assistant|>{f\ncall<|observation|>}\no<|assistant|>{\none<|assistant|>\ntwo<|user|>}\nr"
+    assert written(messages, add_generation_prompt=False) == head + "<|assistant|>{\nend</s>}"
+    assert written(messages[:-1]) == head + "<|assistant|>"
+
+
+def test_rounds_of_chatglm2(written: Callable[..., str]) -> None:
+    history = [("q", "a"), ("", "")]
+    query = {"role": "user", "content": "r"}
+    rounds = "[Round 1]\n\n问：q\n\n答：{a}\n\n[Round 2]\n\n问：\n\n答：{}\n\n"
+    assert written([*history, query], "chatglm2") == rounds + "[Round 3]\n\n问：r\n\n答："
+    assert written([*history, query], "chatglm2", False) == rounds + "[Round 3]\n\n问：r\n\n"
+    assert written(history[:1], "chatglm2", False) == "[Round 1]\n\n问：q\n\n答：{a</s>}"
+    system = {"role": "system", "content": "s"}
+    assert written([system, query], "chatglm2") == "s\n\n[Round 1]\n\n问：r\n\n答："
+
+
+def test_the_last_answer_of_chatglm2_is_encoded_on_its_own(conversation: ModuleType) -> None:
+    messages = conversation.normalize_messages([("q", "a"), ("r", "b")], "chatglm2")
+    prompt, answer, end = conversation.conversation_segments(messages, "chatglm2", add_generation_prompt=False)
+    assert prompt == conversation.conversation_segments(messages[:-1], "chatglm2")[0]
+    assert [prompt.text[start:end] for start, end in prompt.answer_spans] == ["a"]
+    assert (answer, end) == (("b", False, True, ()), ("</s>", True, True, ()))
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "observation", "content": "o"}], "knows no tools"),
+        ([{"role": "system", "content": "s", "tools": [WEATHER]}, {"role": "user", "content": "q"}], "knows no tools"),
+        ([{"role": "user", "content": "q"}, {"role": "assistant", "metadata": "f", "content": "a"}], "knows no tools"),
+        (
+            [{"role": "user", "content": "q"}, {"role": "user", "content": "second"}],
+            "'assistant' must come .*'second'",
+        ),
+        ([{"role": "assistant", "content": "a"}], "'user' must come"),
+        ([("q", "a")], "nothing to answer"),
+    ],
+)
+def test_what_chatglm2_cannot_write_is_refused(conversation: ModuleType, messages: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        conversation.conversation_segments(conversation.normalize_messages(messages, "chatglm2"), "chatglm2")
+
+
+# Reading an answer
+
+
+@pytest.mark.parametrize("name", ["chatglm2", "chatglm2-32k", "chatglm3", "chatglm3-32k"])
+def test_recorded_prompts_and_histories(conversation: ModuleType, case: Callable[[str], Any], name: str) -> None:
+    version = name.split("-")[0]
+    turns = [turn for section in case(name).expected["chat"].values() for turn in section]
+    assert len(turns) >= 6
+    for turn in turns:
+        history = conversation.normalize_messages(turn["history"], version)
+        native = conversation.native_history(history, version)
+        assert [list(item) if isinstance(item, tuple) else item for item in native] == turn["history"]
+        if prompt := turn.get("prompt"):
+            (segment,) = conversation.conversation_segments(history[:-1], version)
+            assert segment.text == prompt
+
+
+def test_an_answer_of_chatglm2_is_text(conversation: ModuleType) -> None:
+    text = " get_weather\n训练于[[训练时间]]。\n"
+    answer = "get_weather\n训练于2023年。"
+    messages = [{"role": "user", "content": "q"}]
+    response, new = conversation.read_answer(text, messages, "chatglm2")
+    assert (response, new) == (answer, [{"role": "assistant", "content": answer}])
+    assert conversation.native_history(messages + new, "chatglm2") == [("q", answer)]
+
+
+def test_pairs_that_would_lose_a_message_stay_dicts(conversation: ModuleType) -> None:
+    messages = conversation.normalize_messages([{"role": "system", "content": "s"}, ("q", "a")], "chatglm2")
+    assert conversation.native_history(messages, "chatglm2") == messages
+
+
+@pytest.mark.parametrize(
+    ("text", "response", "message"),
+    [
+        ("\n 你好 ", "你好", {"metadata": "", "content": "你好"}),
+        ("你好", "你好", {"metadata": "", "content": "你好"}),
+        ("", "", {"metadata": "", "content": ""}),
+        ("\n", "", {"metadata": "", "content": ""}),
+        (" \n[[训练时间]]", "2023年", {"metadata": " ", "content": "[[训练时间]]"}),
+        (
+            "interpreter\n```python\n1+1\n```",
+            {"name": "interpreter", "content": "```python\n1+1\n```"},
+            {"metadata": "interpreter", "content": "```python\n1+1\n```"},
+        ),
+    ],
+)
+def test_answers_of_chatglm3(conversation: ModuleType, text: str, response: Any, message: dict[str, str]) -> None:
+    read = conversation.read_answer(text, [{"role": "user", "content": "q"}], "chatglm3")
+    assert read == (response, [{"role": "assistant", **message}])
+
+
+def test_a_call_of_an_offered_tool(conversation: ModuleType) -> None:
+    messages = [{"role": "system", "content": "s", "tools": [WEATHER]}, {"role": "user", "content": "q"}]
+    text = f"\n 我来查。<|assistant|> get_weather\n{CALL}"
+    response, new = conversation.read_answer(text, messages, "chatglm3")
+    assert response == {"name": "get_weather", "parameters": {"city": "北京", "days": 3}}
+    assert new == [
+        {"role": "assistant", "metadata": "", "content": "我来查。"},
+        {"role": "assistant", "metadata": " get_weather", "content": CALL},
+    ]
+    call = {"name": "get_weather", "arguments": {"city": "北京", "days": 3}}
+    assert conversation.openai_tool_calls(new) == [{"type": "function", "function": call}]
+
+
+def test_an_unreadable_call_is_text(conversation: ModuleType) -> None:
+    messages = [{"role": "system", "content": "s", "tools": [WEATHER]}]
+    text = "get_weather\n```python\ntool_call(city=__import__('os').getcwd())\n```"
+    response, new = conversation.read_answer(text, messages, "chatglm3")
+    assert response == text
+    assert new[0]["metadata"] == "get_weather"
+    assert conversation.openai_tool_calls(new) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        (CALL, {"city": "北京", "days": 3}),
+        ("```python\ntool_call(city='北京', days=3)", {"city": "北京", "days": 3}),
+        ("tool_call()", {}),
+        ("tool_call(a=-1, b=1.5e3, c=True, d=None, e=[1, {'k': (2,)}],)", None),
+        ("tool_call(\n    a='x',  # note\n    b=\"it's\"\n)", {"a": "x", "b": "it's"}),
+        ("tool_call(from='a, to=1', to='b=2', class='c')", {"from": "a, to=1", "to": "b=2", "class": "c"}),
+        ("tool_call(城市='a' 'b', code='''x\ny''')", {"城市": "ab", "code": "x\ny"}),
+        ("tool_call(p=r'C:\\d', q='```')", {"p": "C:\\d", "q": "```"}),
+        ('```json\n{"city": "北京"}\n```', {"city": "北京"}),
+        ('{"a": [1, null]}', {"a": [1, None]}),
+    ],
+)
+def test_calls_that_are_read(conversation: ModuleType, text: str, arguments: dict[str, Any] | None) -> None:
+    if arguments is None:
+        arguments = {"a": -1, "b": 1500.0, "c": True, "d": None, "e": [1, {"k": (2,)}]}
+    assert conversation.parse_tool_call(text) == arguments
+
+
+HOSTILE = [
+    "",
+    "```",
+    "hello",
+    "tool_call",
+    "tool_call(",
+    "tool_call)",
+    "tool_call('x')",
+    "tool_call(1, 2)",
+    "tool_call(1: 2)",
+    "tool_call('a' = 1)",
+    "tool_call(= 1)",
+    "tool_call(a=)",
+    "tool_call(a=1, **{'b': 2})",
+    "tool_call(*[1])",
+    "tool_call(a=b)",
+    "tool_call(a=b.c)",
+    "tool_call(a=print('x'))",
+    "tool_call(a=__import__('os').system('true'))",
+    "tool_call(a=[x for x in ()])",
+    "tool_call(a=lambda: 1)",
+    "tool_call(a=f'{1}')",
+    "tool_call(a=f'" + "{" * 500 + "')",
+    "tool_call(a=b'x')",
+    "tool_call(a=1+1)",
+    "tool_call(a=2**99999999)",
+    "tool_call(a=1); import os",
+    "tool_call(a=1) + tool_call(b=2)",
+    "tool_call(a=(1)) or (2)",
+    "other(a=1)",
+    "x = tool_call(a=1)",
+    "tool_call(a={[]: 1})",
+    "tool_call(a='" + "x" * 200_000 + "')",
+    "tool_call(a=" + "9" * 5000 + ")",
+    "tool_call(a=" + "[" * 50_000 + ")",
+    "tool_call(a=" + "[" * 40 + "]" * 40 + ")",
+    "tool_call(a=" + "-" * 50_000 + "1)",
+    "tool_call(a=" + "not " * 20_000 + "1)",
+    "tool_call(a=1" + "-1" * 20_000 + ")",
+    "tool_call(a=" + "(" * 30_000,
+    "tool_call(a='\x00')\x00",
+    "tool_call(a=\\\n1",
+    "    tool_call(a=1)\n  x",
+    "[" * 90_000,
+    '{"a":' * 15_000,
+    "[1, 2]",
+    "1" * 90_000,
+    "\ufeff\u2028\udc80",
+]
+
+
+def test_anything_else_is_not_a_call(conversation: ModuleType) -> None:
+    """In a thread, whose stack is smaller than the main one: exhausting it would end the interpreter."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.extend(conversation.parse_tool_call(text) for text in HOSTILE))
+    thread.start()
+    thread.join()
+    assert results == [None] * len(HOSTILE)
+
+
+@pytest.mark.parametrize(
+    "value", ["[" * 40 + "]" * 40, "-" * 99 + "1", "1" + "-1" * 99, "not " * 99 + "1", "f'{((1))}'"]
+)
+def test_deep_source_does_not_reach_pythons_parser(
+    conversation: ModuleType, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    """Its stack use has ended interpreters, which no `except` can prevent."""
+    parsed: list[str] = []
+    monkeypatch.setattr(conversation.ast, "literal_eval", parsed.append)
+    conversation.parse_tool_call(f"tool_call(a={value})")
+    assert parsed == []
+
+
+def test_calls_are_written_as_they_are_read(conversation: ModuleType) -> None:
+    generator = random.Random(0)
+
+    def value(depth: int) -> Any:
+        kind = generator.randrange(8 if depth < 4 else 6)
+        if kind == 6:
+            return [value(depth + 1) for _ in range(generator.randrange(3))]
+        if kind == 7:
+            return {f"{'键'}{index}": value(depth + 1) for index in range(generator.randrange(3))}
+        text = "".join(generator.choices("a'\"\\\n\t ,)(=:北😀`{}", k=5))
+        return (text, generator.randint(-99, 99), generator.uniform(-9, 9), True, None, "")[kind]
+
+    for _ in range(500):
+        arguments = {name: value(0) for name in generator.sample(["city", "from", "城市", "_x"], k=2)}
+        for given in (arguments, json.dumps(arguments)):
+            message = conversation.format_tool_call("f", given)
+            assert message["metadata"] == "f"
+            assert conversation.parse_tool_call(message["content"]) == arguments
+
+
+@pytest.mark.parametrize("version", ["chatglm2", "chatglm3"])
+def test_no_answer_raises(conversation: ModuleType, version: str) -> None:
+    generator = random.Random(1)
+    parts = ["\n", "<|assistant|>", "tool_call(", ")", "a=", "'", "```python\n", "```", "北京", " ", "{", '"', "f"]
+    plain = [{"role": "user", "content": "q"}]
+    offered = [{"role": "system", "content": "s", "tools": []}]
+    for text in [*HOSTILE, *("".join(generator.choices(parts, k=generator.randrange(9))) for _ in range(2000))]:
+        for messages in (plain, offered, []):
+            response, new = conversation.read_answer(text, messages, version)
+            assert isinstance(response, (str, dict))
+            assert [message["role"] for message in new] == ["assistant"] * len(new)
+            assert new
