@@ -292,9 +292,16 @@ class ChatGLMGenerationMixin(GenerationMixin):
             kwargs["past_key_values"] = DynamicCache(config=self.config)
         stopped = threading.Event()
         streamer = QueueStreamer()
+        # Both modes belong to a thread, and `generate` is about to run in another one than the caller's.
+        device_type = self.device.type
+        autocast = torch.autocast(
+            device_type,
+            dtype=torch.get_autocast_dtype(device_type),
+            enabled=torch.is_autocast_enabled(device_type),
+        )
         thread = threading.Thread(
             target=self._generate_into,
-            args=(streamer, torch.is_autocast_enabled(self.device.type), torch.is_inference_mode_enabled()),
+            args=(streamer, autocast, torch.inference_mode(torch.is_inference_mode_enabled())),
             kwargs={
                 "inputs": input_ids,
                 "generation_config": generation_config,
@@ -315,10 +322,11 @@ class ChatGLMGenerationMixin(GenerationMixin):
             stopped.set()
             thread.join()
 
-    def _generate_into(self, streamer: QueueStreamer, autocast: bool, inference_mode: bool, **kwargs: Any) -> None:
+    def _generate_into(
+        self, streamer: QueueStreamer, autocast: torch.autocast, inference_mode: torch.inference_mode, **kwargs: Any
+    ) -> None:
         try:
-            # Both modes belong to a thread, and this is another one than the caller's.
-            with torch.inference_mode(inference_mode), torch.autocast(self.device.type, enabled=autocast):
+            with inference_mode, autocast:
                 self.generate(streamer=streamer, **kwargs)
             streamer.queue.put(None)
         except BaseException as error:  # Whatever it is belongs to the caller, who waits at the queue.
