@@ -23,6 +23,7 @@ What is unusual here:
 - No published file says which generation it belongs to. `model_version` does, and is inferred when it is absent.
 """
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -85,7 +86,7 @@ def infer_model_version(config: dict[str, Any]) -> str | None:
         if model_version not in MODEL_VERSIONS:
             raise ValueError(f"`model_version` must be one of {MODEL_VERSIONS}, got {model_version!r}.")
         return model_version
-    if any(key in config for key in CHATGLM_6B_KEYS):
+    if any(config.get(key) for key in CHATGLM_6B_KEYS):
         return "chatglm"
     eos_token_id = config.get("eos_token_id")
     # GLM-4 pads with `<|endoftext|>`, the first of its end tokens; the others pad with `<unk>` or `<pad>`.
@@ -122,8 +123,8 @@ class ChatGLMConfig(PreTrainedConfig):
         fused projection. `False` (ChatGLM-6B): one key/value head for each query head, interleaved by head.
     rmsnorm (`bool`, *optional*):
         RMSNorm, or LayerNorm with bias (ChatGLM-6B).
-    apply_residual_connection_post_layernorm (`bool`):
-        The residual starts from the output of the norm instead of its input.
+    apply_residual_connection_post_layernorm (`bool`, *optional*):
+        The residual starts from the output of the norm (ChatGLM-6B) instead of its input.
     post_layer_norm (`bool`):
         Whether a norm follows the last layer.
     add_bias_linear (`bool`, *optional*):
@@ -134,6 +135,12 @@ class ChatGLMConfig(PreTrainedConfig):
         Keep the residual stream in float32.
     rope_ratio (`float`):
         ChatGLM2: positions are divided by it. ChatGLM3 and GLM-4: the base 10000 is multiplied by it.
+    position_encoding_2d (`bool`, *optional*):
+        ChatGLM-6B: half of each head is rotated by the position in the context, half by that in the answer.
+    mask_token_id (`int`, *optional*):
+        ChatGLM-6B: id of `[MASK]`; by default four before `<sop>` (`bos_token_id`), where both vocabularies have it.
+    gmask_token_id (`int`, *optional*):
+        ChatGLM-6B: id of `[gMASK]`; by default three before `<sop>`.
     quantization_bit (`int`):
         4 or 8 for a checkpoint with quantized weights, 0 otherwise.
     pre_seq_len (`int`, *optional*):
@@ -177,8 +184,9 @@ class ChatGLMConfig(PreTrainedConfig):
     max_position_embeddings: int = 8192
     rms_norm_eps: float = 1e-5
     rmsnorm: bool | None = None
-    apply_residual_connection_post_layernorm: bool = False
+    apply_residual_connection_post_layernorm: bool | None = None
     post_layer_norm: bool = True
+    position_encoding_2d: bool | None = None
     add_bias_linear: bool | None = None
     add_qkv_bias: bool = True
     fp32_residual_connection: bool = False
@@ -195,9 +203,11 @@ class ChatGLMConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = 0
+    mask_token_id: int | None = None
+    gmask_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        own_keys = {name: getattr(self, name) for name in ("model_version", "eos_token_id", "pad_token_id")}
+        own_keys = {name: getattr(self, name) for name in self.__annotations__ if getattr(self, name) is not None}
         self.model_version = infer_model_version({**kwargs, **own_keys}) or "chatglm3"
         for name in [name for name in kwargs if name in self.attribute_map]:
             setattr(self, name, kwargs.pop(name))
@@ -214,6 +224,14 @@ class ChatGLMConfig(PreTrainedConfig):
             self.rmsnorm = not is_chatglm_6b
         if self.add_bias_linear is None:
             self.add_bias_linear = is_chatglm_6b
+        if self.position_encoding_2d is None:
+            self.position_encoding_2d = is_chatglm_6b
+        if self.apply_residual_connection_post_layernorm is None:
+            self.apply_residual_connection_post_layernorm = is_chatglm_6b
+        if is_chatglm_6b and self.bos_token_id is not None:
+            # The older vocabulary's file names neither.
+            self.mask_token_id = self.bos_token_id - 4 if self.mask_token_id is None else self.mask_token_id
+            self.gmask_token_id = self.bos_token_id - 3 if self.gmask_token_id is None else self.gmask_token_id
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = is_chatglm_6b
         self._validate_sizes()
@@ -242,6 +260,21 @@ class ChatGLMConfig(PreTrainedConfig):
         for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
             if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+
+    @property
+    def prefix_lm(self) -> bool:
+        """Whether the tokens before `<sop>` see each other both ways, and positions are counted as ChatGLM-6B does."""
+        return self.model_version == "chatglm"
+
+    @property
+    def residual_scale(self) -> float:
+        """Factor of the residual. ChatGLM-6B: the square root of twice its 28 layers, however many there are."""
+        return math.sqrt(2 * 28) if self.model_version == "chatglm" else 1.0
+
+    @property
+    def tie_last_hidden_states(self) -> bool:
+        """Whether the last of the returned hidden states is the normed one, as the published ChatGLM-6B has it."""
+        return self.model_version == "chatglm"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ChatGLMConfig":

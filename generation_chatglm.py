@@ -43,13 +43,22 @@ from transformers.generation.streamers import BaseStreamer
 from .conversation_chatglm import native_history, normalize_messages, read_answer
 
 
-# Defaults of the published `chat`; `max_length` counts the prompt.
+# Defaults of the published `chat`; `max_length` counts the prompt. ChatGLM3 goes up to the length of its checkpoint.
 CHAT_DEFAULTS = {
+    "chatglm": {"max_length": 2048, "top_p": 0.7, "temperature": 0.95},
     "chatglm2": {"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
-    "chatglm3": {"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
+    "chatglm3": {"top_p": 0.8, "temperature": 0.8},
+    "glm4": {"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
 }
 
 History = list[tuple[str, str]] | list[dict[str, Any]]
+
+
+def reduce_published_mask(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask of ChatGLM-6B's tokenizer, bool `[batch, 1, seq, seq]`, true = blocked, as `[batch, seq]`, 1 = real."""
+    if attention_mask is None or attention_mask.ndim == 2 or attention_mask.dtype != torch.bool:
+        return attention_mask
+    return (~attention_mask).any(dim=-2)[:, 0].long()
 
 
 class ConversationCache(DynamicCache):
@@ -133,8 +142,12 @@ class ChatGLMGenerationMixin(GenerationMixin):
             if kwargs.get("attention_mask") is None and kwargs.get("inputs_embeds") is None:
                 # `<unk>` and padding share the id 0, so the library would take an `<unk>` of the prompt for padding.
                 kwargs["attention_mask"] = torch.ones_like(input_ids)
+        generation_config_used = generation_config or self.generation_config
         if self.config.pre_seq_len is not None:
-            self._check_prefix_support(generation_config or self.generation_config, kwargs)
+            self._check_prefix_support(generation_config_used, kwargs)
+        # CODEPATH: chatglm-6b; the others are causal.
+        if self.config.prefix_lm:
+            self._prepare_prefix_lm(generation_config_used, kwargs)
         logits_processor = LogitsProcessorList([*(logits_processor or []), NotANumberCheck(self.dtype)])
         return super().generate(
             inputs, generation_config=generation_config, logits_processor=logits_processor, **kwargs
@@ -158,6 +171,30 @@ class ChatGLMGenerationMixin(GenerationMixin):
             value = kwargs.get(name, getattr(generation_config, name, None))
             if value not in (None, "dynamic"):
                 raise ValueError(f"`{name}={value!r}` does not work with a P-tuning prefix (`pre_seq_len`) yet.")
+
+    def _prepare_prefix_lm(self, generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+        kwargs["attention_mask"] = reduce_published_mask(kwargs.get("attention_mask"))
+        if kwargs.get("inputs_embeds") is None:
+            # Read off the ids at every step; what the tokenizer returned holds for the first one only.
+            kwargs.pop("position_ids", None)
+        if kwargs.get("prefill_chunk_size", generation_config.prefill_chunk_size) is not None:
+            raise ValueError(
+                "`prefill_chunk_size` cannot be used with ChatGLM-6B: its context is bidirectional, so no part of it "
+                "can be computed before the whole is there."
+            )
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching, for the causal generations.
+
+        Raises:
+            ValueError: for ChatGLM-6B, whose bidirectional context it would lose.
+        """
+        if self.config.prefix_lm:
+            raise ValueError(
+                "`generate_batch` cannot be used with ChatGLM-6B: its paged attention would drop the mask of the "
+                "bidirectional context silently. Use `generate` with a padded batch, or `batch_chat`."
+            )
+        return super().generate_batch(*args, **kwargs)
 
     @torch.no_grad()
     def chat(
@@ -351,8 +388,9 @@ class ChatGLMGenerationMixin(GenerationMixin):
                 "`past_key_values` must be the cache that `chat` or `stream_chat` returned, because it knows which "
                 f"tokens it holds; got {type(past_key_values).__name__}."
             )
-        if self.config.pre_seq_len is not None:
-            # The cache also holds the prefix, which the library's length arithmetic does not know of.
+        if self.config.pre_seq_len is not None or self.config.prefix_lm:
+            # A P-tuning prefix is in the cache without being counted by the library, and a new question changes what
+            # the whole bidirectional context of ChatGLM-6B computes.
             return ConversationCache(config=self.config)
         past_key_values.keep_common_prefix(prompt_ids)
         return past_key_values
@@ -360,7 +398,12 @@ class ChatGLMGenerationMixin(GenerationMixin):
     def _chat_kwargs(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> dict[str, Any]:
         model_version = self.config.model_version
         stop_ids = tokenizer.stop_token_ids(model_version)
-        defaults = {"eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_token_id, "do_sample": True}
+        defaults = {
+            "eos_token_id": stop_ids,
+            "pad_token_id": tokenizer.pad_token_id,
+            "do_sample": True,
+            "max_length": self.config.max_position_embeddings,
+        }
         kwargs = {**defaults, **CHAT_DEFAULTS[model_version], **kwargs}
         if "stop_strings" in kwargs:
             kwargs["tokenizer"] = tokenizer

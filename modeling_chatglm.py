@@ -32,6 +32,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -46,7 +48,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_chatglm import ChatGLMConfig
-from .generation_chatglm import ChatGLMGenerationMixin
+from .generation_chatglm import ChatGLMGenerationMixin, reduce_published_mask
+
+
+# Attention that takes any mask.
+PREFIX_LM_ATTENTION = ("sdpa", "eager", "flex_attention")
 
 
 class ChatGLMRMSNorm(nn.Module):
@@ -84,21 +90,27 @@ def make_norm(config: ChatGLMConfig) -> nn.Module:
 
 
 class ChatGLMMLP(nn.Module):
-    """SwiGLU feed-forward (https://arxiv.org/abs/2002.05202), gate and up in one projection."""
+    """Feed-forward: SwiGLU (https://arxiv.org/abs/2002.05202) with gate and up in one projection, or GELU."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
         bias = config.add_bias_linear
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
+        # CODEPATH: chatglm2, chatglm3, glm4 have a gate; chatglm-6b has none.
+        self.is_gated = not config.prefix_lm
+        up_size = 2 * config.intermediate_size if self.is_gated else config.intermediate_size
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, up_size, bias=bias)
         self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, up_states = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)
+        up_states = self.dense_h_to_4h(hidden_states)
+        if not self.is_gated:
+            return self.dense_4h_to_h(F.gelu(up_states, approximate="tanh"))
+        gate, up_states = up_states.chunk(2, dim=-1)
         return self.dense_4h_to_h(F.silu(gate) * up_states)
 
 
 class ChatGLMRotaryEmbedding(nn.Module):
-    """Cosines and sines of rotary positions (https://arxiv.org/abs/2104.09864), for half of each head."""
+    """Cosines and sines of rotary positions (https://arxiv.org/abs/2104.09864)."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
@@ -113,9 +125,13 @@ class ChatGLMRotaryEmbedding(nn.Module):
     def compute_default_rope_parameters(
         config: ChatGLMConfig, device: torch.device | None = None, **kwargs
     ) -> tuple[torch.Tensor, float]:
-        """Frequencies `base^(-2i / dim)` in float32, shape `[head_dim / 4]`, and a scaling of 1 for cos and sin."""
-        dim = config.head_dim // 2
+        """Frequencies `base^(-2i / dim)` in float32, shape `[dim / 2]`, and a scaling of 1 for cos and sin."""
+        # CODEPATH: chatglm-6b may turn the whole head by one position; all published checkpoints turn half a head.
+        dim = config.head_dim if config.prefix_lm and not config.position_encoding_2d else config.head_dim // 2
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+        # CODEPATH: chatglm-6b was trained with frequencies that were rounded once.
+        if config.prefix_lm:
+            return (1.0 / 10000.0**exponents).half().float(), 1.0
         # CODEPATH: chatglm2-6b-32k divides the position by the ratio; chatglm3-6b-32k/-128k and glm4 raise the base.
         if config.model_version == "chatglm2":
             return 10000.0**-exponents / config.rope_ratio, 1.0
@@ -123,26 +139,32 @@ class ChatGLMRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions `[batch, seq]` or, in two dimensions, `[batch, 2, seq]` -> cos, sin `[batch, 1, seq, 1 or 2, freq]`."""
+        position_ids = position_ids.unflatten(0, (-1, 1)) if position_ids.ndim == 2 else position_ids
         # Half precision cannot tell neighbouring positions apart beyond 2048.
-        angles = position_ids[:, None, :, None].float() * self.inv_freq.float()  # [batch, 1, seq, head_dim / 4]
+        angles = position_ids.transpose(1, 2)[:, None, :, :, None].float() * self.inv_freq.float()
         return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
 
 
-def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the interleaved pairs of the first half of each head.
+def apply_rotary_pos_emb(
+    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    """Rotate pairs of channels by the angles of their positions.
 
     Args:
         states: queries or keys, `[batch, heads, seq, head_dim]`.
-        cos, sin: `[batch, 1, seq, head_dim / 4]`.
+        cos, sin: `[batch, 1, seq, positions, frequencies]`; each position turns `2 * frequencies` channels.
+        interleaved: pairs are (0, 1), (2, 3), ...; otherwise the first half of those channels with the second half.
 
     Returns:
-        `[batch, heads, seq, head_dim]`, the second half of `head_dim` unchanged.
+        `[batch, heads, seq, head_dim]`; channels beyond those are unchanged.
     """
-    rotary_dim = 2 * cos.shape[-1]
-    rotated, kept = states[..., :rotary_dim], states[..., rotary_dim:]
-    even, odd = rotated[..., 0::2], rotated[..., 1::2]
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    return torch.cat((rotated, kept), dim=-1)
+    num_positions, num_frequencies = cos.shape[-2:]
+    rotary_dim = 2 * num_positions * num_frequencies
+    pair_dim, shape = (-1, (num_positions, -1, 2)) if interleaved else (-2, (num_positions, 2, -1))
+    first, second = states[..., :rotary_dim].unflatten(-1, shape).unbind(pair_dim)
+    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=pair_dim).flatten(-3)
+    return torch.cat((rotated, states[..., rotary_dim:]), dim=-1)
 
 
 def repeat_kv(states: torch.Tensor, num_key_value_groups: int) -> torch.Tensor:
@@ -182,6 +204,8 @@ class ChatGLMAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
+        # CODEPATH: chatglm2, chatglm3, glm4 turn neighbours; chatglm-6b turns halves.
+        self.rotary_interleaved = not config.prefix_lm
         self.query_size = config.num_attention_heads * self.head_dim
         self.key_value_size = config.num_key_value_heads * self.head_dim
         qkv_size = self.query_size + 2 * self.key_value_size
@@ -207,8 +231,8 @@ class ChatGLMAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query_states, key_states, value_states = self.split_heads(self.query_key_value(hidden_states))
-        query_states = apply_rotary_pos_emb(query_states, *position_embeddings)
-        key_states = apply_rotary_pos_emb(key_states, *position_embeddings)
+        query_states = apply_rotary_pos_emb(query_states, *position_embeddings, self.rotary_interleaved)
+        key_states = apply_rotary_pos_emb(key_states, *position_embeddings, self.rotary_interleaved)
 
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
@@ -236,6 +260,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         super().__init__()
         self.hidden_dropout = config.hidden_dropout
         self.residual_post_layernorm = config.apply_residual_connection_post_layernorm
+        self.residual_scale = config.residual_scale
         self.input_layernorm = make_norm(config)
         self.self_attention = ChatGLMAttention(config, layer_idx)
         self.post_attention_layernorm = make_norm(config)
@@ -244,7 +269,8 @@ class ChatGLMBlock(GradientCheckpointingLayer):
     def add_residual(self, inputs: torch.Tensor, normed: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add a sublayer's output to its input, or to the norm of its input. All `[batch, seq, hidden]`."""
         residual = normed if self.residual_post_layernorm else inputs
-        return residual + F.dropout(output, p=self.hidden_dropout, training=self.training)
+        output = F.dropout(output, p=self.hidden_dropout, training=self.training)
+        return torch.add(output, residual, alpha=self.residual_scale)
 
     def forward(
         self,
@@ -291,12 +317,14 @@ class PrefixEncoder(nn.Module):
         self.num_layers = config.num_hidden_layers
         self.num_key_value_heads = config.num_key_value_heads
         kv_size = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
-        self.embedding = nn.Embedding(config.pre_seq_len, kv_size)
         self.prefix_projection = config.prefix_projection
+        # CODEPATH: chatglm-6b projects from the hidden size; chatglm2, chatglm3 and glm4 from the size of the cache.
+        embedding_size = config.hidden_size if config.prefix_projection and config.prefix_lm else kv_size
+        self.embedding = nn.Embedding(config.pre_seq_len, embedding_size)
         if self.prefix_projection:
             # Their published keys are `trans.0` and `trans.2`.
             self.trans = nn.Sequential(  # trf-ignore: TRF036
-                nn.Linear(kv_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, kv_size)
+                nn.Linear(embedding_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, kv_size)
             )
         self.dropout = nn.Dropout(0.1)
 
@@ -309,6 +337,46 @@ class PrefixEncoder(nn.Module):
         prefix = prefix.expand(batch_size, -1, -1, -1, -1, -1).permute(2, 3, 0, 4, 1, 5)
         # [layers, 2, batch, kv_heads, prefix, head_dim]; every row of the batch has a dropout mask of its own.
         return [(layer[0], layer[1]) for layer in self.dropout(prefix)]
+
+
+def prefix_lm_positions(
+    config: ChatGLMConfig, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Positions and context of ChatGLM-6B (GLM, https://arxiv.org/abs/2103.10360), read off the ids.
+
+    The context ends where the first `<sop>` stands. The tokens from there on have the position of the mask token that
+    they fill, the first `[gMASK]` or else the first `[MASK]`, and count 1, 2, 3, ... in the block. A row without
+    `<sop>` has no answer yet and is read from left to right.
+
+    Args:
+        input_ids: `[batch, seq]`, from the first token on.
+        attention_mask: `[batch, seq]`, 1 for real tokens.
+
+    Returns:
+        Positions, `[batch, 2, seq]` (token and block position) or `[batch, seq]` with `position_encoding_2d: false`,
+        and token types, `[batch, seq]`, 1 for the context.
+    """
+    is_real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    index = (is_real.cumsum(-1) - 1).clamp(min=0)
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+
+    def first_column(token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = (input_ids == token_id) & is_real
+        return found.any(-1, keepdim=True), found.int().argmax(-1, keepdim=True)
+
+    has_start, start = first_column(config.bos_token_id)
+    has_gmask, gmask = first_column(config.gmask_token_id)
+    has_mask, mask = first_column(config.mask_token_id)
+    is_answer = has_start & is_real & (columns >= start)
+    blank = torch.where(has_gmask, gmask, torch.where(has_mask, mask, (start - 1).clamp(min=0)))
+    blank_position = index.gather(1, blank)
+    token_types = (has_start & is_real & (columns < start)).long()
+    # CODEPATH: no published checkpoint has one-dimensional positions; there `[gMASK]` lets them count on.
+    if not config.position_encoding_2d:
+        return torch.where(is_answer & ~has_gmask, blank_position, index) * is_real, token_types
+    position = torch.where(is_answer, blank_position, index)
+    block_position = torch.where(is_answer, columns - start + 1, 0)
+    return torch.stack((position, block_position), dim=1), token_types
 
 
 def unmask_empty_rows(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -325,6 +393,34 @@ def unmask_empty_rows(attention_mask: torch.Tensor | None) -> torch.Tensor | Non
     return attention_mask.masked_fill(is_empty, 0.0)
 
 
+def make_mask(
+    config: ChatGLMConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.LongTensor,
+    token_type_ids: torch.LongTensor | None,
+    is_first_step: bool,
+) -> Any:
+    """The one mask of a forward pass: causal, and for the context of ChatGLM-6B bidirectional."""
+    block_sequence_ids = None
+    # CODEPATH: chatglm-6b, whose context is in the first step as a whole; whatever follows sees all of it.
+    if config.prefix_lm and is_first_step and token_type_ids is not None:
+        block_sequence_ids = torch.where(token_type_ids == 1, 0, -1)
+        # CODEPATH: chatglm-6b with a P-tuning prefix, which everything sees because it comes first.
+        if config.pre_seq_len is not None:
+            block_sequence_ids = F.pad(block_sequence_ids, (config.pre_seq_len, 0), value=-1)
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        # CODEPATH: chatglm-6b; positions tell packed sequences apart, but its own stand still and come in two rows.
+        position_ids=None if config.prefix_lm else position_ids,
+        block_sequence_ids=block_sequence_ids,
+    )
+
+
 @auto_docstring
 class ChatGLMPreTrainedModel(PreTrainedModel):
     config: ChatGLMConfig
@@ -333,13 +429,23 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["ChatGLMBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     # Published files store these buffers; they follow from the configuration.
-    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$"]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$", r"rotary_emb\.inv_freq$"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ChatGLMBlock, "attentions": ChatGLMAttention}
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        # A private hook (Transformers 5.17 to 5.23) and the only place that sees every way of choosing.
+        # CODEPATH: chatglm-6b; the others are causal.
+        if self.config.prefix_lm and attn_implementation not in (None, *PREFIX_LM_ATTENTION):
+            raise ValueError(
+                f"`attn_implementation={attn_implementation!r}` cannot express the mask of ChatGLM-6B, whose context is "
+                f"bidirectional, and would drop it silently. Use one of {PREFIX_LM_ATTENTION}."
+            )
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -365,10 +471,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
 @auto_docstring(custom_intro="The decoder without a head on top, usable alone as a text encoder.")
 class ChatGLMModel(ChatGLMPreTrainedModel):
+    # Tied in ChatGLM-6B only (`tie_word_embeddings`).
+    _tied_weights_keys = {"output_layer.weight": "embedding.word_embeddings.weight"}
+
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
-        if config.model_version == "chatglm":
-            raise ValueError("`model_version='chatglm'` (ChatGLM-6B) has no network here yet, only its configuration.")
         if config.quantization_bit:
             raise ValueError(
                 f"`quantization_bit={config.quantization_bit}`: quantized checkpoints cannot be loaded yet. Use the "
@@ -412,6 +519,31 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             past_seen_tokens = past_seen_tokens - self.config.pre_seq_len
         return (torch.arange(seq_len, device=inputs_embeds.device) + past_seen_tokens).unsqueeze(0)
 
+    def make_prefix_lm_inputs(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        token_type_ids: torch.LongTensor | None,
+        is_first_step: bool,
+    ) -> tuple[torch.LongTensor | None, torch.LongTensor | None]:
+        """Fill in positions and token types of ChatGLM-6B, as far as ids or the other of the two tell them."""
+        if position_ids is not None and token_type_ids is not None:
+            return position_ids, token_type_ids
+        if input_ids is not None and is_first_step:
+            mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+            found_position_ids, found_token_type_ids = prefix_lm_positions(self.config, input_ids, mask)
+            position_ids = found_position_ids if position_ids is None else position_ids
+            token_type_ids = found_token_type_ids if token_type_ids is None else token_type_ids
+        elif position_ids is None and not is_first_step:
+            raise ValueError(
+                "Give `position_ids` when a cache is continued by hand: those of ChatGLM-6B depend on tokens that are "
+                "in the cache already. `generate` computes them."
+            )
+        elif token_type_ids is None and position_ids is not None and position_ids.ndim == 3:
+            token_type_ids = (position_ids[:, 1] == 0).long()
+        return position_ids, token_type_ids
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring(
@@ -427,6 +559,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -435,8 +568,17 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        # CODEPATH: chatglm-6b, whose tokenizer returns a mask of its own kind.
+        if self.config.prefix_lm and past_key_values is None:
+            attention_mask = reduce_published_mask(attention_mask)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        is_first_step = past_key_values is None or not past_key_values.is_initialized
+        # CODEPATH: chatglm-6b; the others are causal and have one position for each token.
+        if self.config.prefix_lm:
+            position_ids, token_type_ids = self.make_prefix_lm_inputs(
+                input_ids, attention_mask, position_ids, token_type_ids, is_first_step
+            )
         if self.prefix_encoder is not None:
             past_key_values = self.add_prefix(past_key_values, inputs_embeds)
         if position_ids is None:
@@ -444,12 +586,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if self.prefix_encoder is not None and attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = F.pad(attention_mask, (self.config.pre_seq_len, 0), value=1)
 
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
+        mask = make_mask(
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, token_type_ids, is_first_step
         )
         # CODEPATH: no published checkpoint keeps the residual stream in float32; the flag is for trainers.
         hidden_states = inputs_embeds.float() if self.config.fp32_residual_connection else inputs_embeds
@@ -472,6 +610,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     custom_intro="The language model: `generate`, and `chat` in the conversation format of its generation."
 )
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationMixin):
+    _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
+
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
@@ -518,9 +658,48 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
             attentions=outputs.attentions,
         )
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        # CODEPATH: chatglm-6b, whose positions and context are read off the whole of the ids at every step.
+        if self.config.prefix_lm and inputs_embeds is None:
+            position_ids, kwargs["token_type_ids"] = prefix_lm_positions(self.config, input_ids, attention_mask)
+        # CODEPATH: chatglm-6b from embeddings, with the positions of the caller.
+        elif self.config.prefix_lm and position_ids.ndim == 3:
+            # The library counts both rows on, but the token position stands still in the answer.
+            position_ids = position_ids.clone()
+            prompt_length = position_ids.shape[-1] - input_ids.shape[1]
+            position_ids[:, 0, prompt_length:] = position_ids[:, 0, prompt_length - 1 : prompt_length]
+        return super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: ChatGLMConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.LongTensor | None,
+        token_type_ids: torch.LongTensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The mask for a compiled step with a static cache, the same that `forward` makes."""
+        return make_mask(
+            config, inputs_embeds, attention_mask, past_key_values, position_ids, token_type_ids, is_first_iteration
+        )
+
 
 @auto_docstring(custom_intro="A linear classifier on the last real token of each row.")
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
+    _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
+
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -556,6 +735,7 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
+        attention_mask = reduce_published_mask(attention_mask)
         rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
         last_token = -1
         if attention_mask is not None:
@@ -572,6 +752,33 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+# The rules are applied in turn when loading, and undone in reverse turn when saving, those alone that were of use in
+# loading; for a model that was not loaded, all of them. So our names go to ChatGLM-6B's and back, ChatGLM-6B's go to
+# ours: each checkpoint is saved under the names it came with, and a new model of any generation under ours.
+OUR_NAMES = (
+    r"transformer\.embedding\.word_embeddings\.",
+    r"transformer\.encoder\.layers\.",
+    r"\.self_attention\.",
+    r"transformer\.encoder\.final_layernorm\.",
+    r"transformer\.output_layer\.",
+)
+CHATGLM_6B_NAMES = (
+    r"transformer\.word_embeddings\.",
+    r"transformer\.layers\.",
+    r"\.attention\.",
+    r"transformer\.final_layernorm\.",
+    r"lm_head\.",
+)
+register_checkpoint_conversion_mapping(
+    "chatglm",
+    [
+        WeightRenaming(source, target)
+        for source, target in zip(OUR_NAMES + CHATGLM_6B_NAMES, CHATGLM_6B_NAMES + OUR_NAMES)
+    ],
+    overwrite=True,
+)
 
 
 __all__ = [
