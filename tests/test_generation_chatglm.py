@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ def test_reused_cache_is_used(chatglm3: Pair, monkeypatch: pytest.MonkeyPatch) -
     fed = []
     forward = type(model).forward
 
+    @wraps(forward)
     def spy(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         fed.append(input_ids.shape[1])
         return forward(self, input_ids, *args, **kwargs)

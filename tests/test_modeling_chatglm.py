@@ -482,8 +482,8 @@ def test_rotary_frequencies_survive_half_precision(case_folder: Callable[[str], 
     cos, sin = model.transformer.rotary_pos_emb(torch.zeros(1, 1, 1, dtype=torch.bfloat16), positions)
     angles = 2001 * 10000.0 ** -(torch.arange(0, 4, 2).double() / 4)
     assert cos.dtype == torch.bfloat16
-    torch.testing.assert_close(cos[0, 0, 0].double(), angles.cos(), atol=4e-3, rtol=0)
-    torch.testing.assert_close(sin[0, 0, 0].double(), angles.sin(), atol=4e-3, rtol=0)
+    torch.testing.assert_close(cos[0, 0, 0, 0].double(), angles.cos(), atol=4e-3, rtol=0)
+    torch.testing.assert_close(sin[0, 0, 0, 0].double(), angles.sin(), atol=4e-3, rtol=0)
 
 
 def test_device_map_with_offloading(case_folder: Callable[[str], Path], tmp_path: Path) -> None:
