@@ -1,0 +1,45 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Makes the Auto classes of Transformers load ChatGLM checkpoints with this repository's code.
+
+A checkpoint folder then needs no `.py` files, and those it has are left alone and not run.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# The files import each other as `from .x import y`, so they need a package around them.
+PACKAGE = "chatglm_transformers"
+
+
+def register() -> ModuleType:
+    """Register the classes and return the module of the models."""
+    package = ModuleType(PACKAGE)
+    package.__path__ = [str(REPOSITORY)]
+    sys.modules.setdefault(PACKAGE, package)
+    configuration, tokenization, modeling = (
+        importlib.import_module(f"{PACKAGE}.{name}_chatglm") for name in ("configuration", "tokenization", "modeling")
+    )
+    config_class = configuration.ChatGLMConfig
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for auto_class in (AutoModel, AutoModelForCausalLM):
+        auto_class.register(config_class, modeling.ChatGLMForConditionalGeneration, exist_ok=True)
+    AutoTokenizer.register(config_class, tokenizer_class=tokenization.ChatGLMTokenizer, exist_ok=True)
+    return modeling
