@@ -402,9 +402,11 @@ class ChatGLMGenerationMixin(GenerationMixin):
             "eos_token_id": stop_ids,
             "pad_token_id": tokenizer.pad_token_id,
             "do_sample": True,
-            "max_length": self.config.max_position_embeddings,
+            **CHAT_DEFAULTS[model_version],
         }
-        kwargs = {**defaults, **CHAT_DEFAULTS[model_version], **kwargs}
+        positions = self.config.max_position_embeddings
+        defaults["max_length"] = min(defaults.get("max_length", positions), positions)
+        kwargs = {**defaults, **kwargs}
         if "stop_strings" in kwargs:
             kwargs["tokenizer"] = tokenizer
         if kwargs.get("max_new_tokens") is not None:
