@@ -15,12 +15,16 @@
 
 What is unusual here:
 
-- Module names are those of the published checkpoints (`transformer.encoder.layers.0.self_attention.query_key_value`,
-  ...), so weights load without renaming and adapters trained elsewhere fit. The output layer is a part of the base
-  model, as in the published files.
+- Module names are those of the published ChatGLM2, ChatGLM3 and GLM-4 checkpoints
+  (`transformer.encoder.layers.0.self_attention.query_key_value`, ...), so weights load without renaming and adapters
+  trained elsewhere fit. ChatGLM-6B's names are renamed on load and written back on save. The output layer is a part of
+  the base model, as in the published files.
 - Queries, keys and values come from one projection, gate and up from another.
-- Rotary positions turn only the first half of every head, in interleaved pairs (0, 1), (2, 3), ...
-- `rope_ratio` stretches positions in ChatGLM2 and raises the base in ChatGLM3 and GLM-4.
+- Rotary positions turn only the first half of every head, in interleaved pairs (0, 1), (2, 3), ...; `rope_ratio`
+  stretches positions in ChatGLM2 and raises the base in ChatGLM3 and GLM-4.
+- ChatGLM-6B is a prefix language model. What stands before `<sop>` sees itself both ways. Its tokens have two
+  positions, in the text and in the answer, and each turns one half of every head. Its residual starts from the output
+  of the norm, scaled.
 - A prefix of P-tuning v2 is the initial content of the cache; real tokens still count from position 0.
 - A mask never hides everything from a query: padding positions get some attention instead of NaN.
 """
@@ -500,6 +504,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def add_prefix(self, past_key_values: Cache | None, inputs_embeds: torch.Tensor) -> Cache:
         """Put the prefix into a cache that holds nothing yet, making the cache if there is none."""
+        if self.gradient_checkpointing and self.training:
+            # The library takes the cache, and the prefix with it, away from layers that are computed twice.
+            raise ValueError("Gradient checkpointing does not work with a P-tuning prefix (`pre_seq_len`) yet.")
         past_key_values = DynamicCache() if past_key_values is None else past_key_values
         if not past_key_values.is_initialized:
             for layer_idx, (keys, values) in enumerate(self.prefix_encoder(inputs_embeds.shape[0])):

@@ -341,6 +341,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model: ModelMaker)
         model.gradient_checkpointing_disable()
 
 
+def test_a_prefix_is_not_lost_by_gradient_checkpointing(tiny_model: ModelMaker) -> None:
+    model = tiny_model(pre_seq_len=4).train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="pre_seq_len"):
+        model(prompt(), labels=prompt())
+
+
 def test_dropout_acts_in_training_only(tiny_model: ModelMaker) -> None:
     ids = prompt()
     for name in ("hidden_dropout", "attention_dropout"):
