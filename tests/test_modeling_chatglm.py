@@ -45,6 +45,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "fp32_residual": {"fp32_residual_connection": True},
     "interpolated": {"model_version": "chatglm2", "rope_ratio": 4},
     "raised_base": {"rope_ratio": 50},
+    "glm4": {"model_version": "glm4", "rope_ratio": 500, "multi_query_group_num": 4, "layernorm_epsilon": 1.5625e-07},
     "all": {
         "multi_query_attention": False,
         "add_bias_linear": True,
