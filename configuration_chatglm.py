@@ -169,6 +169,7 @@ class ChatGLMConfig(PreTrainedConfig):
         "encoder.layers.*.self_attention.dense": "rowwise_split_input",
         "encoder.layers.*.mlp.dense_h_to_4h": "colwise_gather_output",
         "encoder.layers.*.mlp.dense_4h_to_h": "rowwise_split_input",
+        "embedding.word_embeddings": "embedding_rowwise",
         "output_layer": "colwise_gather_output",
     }
 

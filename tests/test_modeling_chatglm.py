@@ -516,12 +516,13 @@ def tensor_parallel_script(tmp_path: Path) -> Iterator[Path]:
         "from transformers import AutoModel\n"
         "torch.set_num_threads(1)\n"
         "ids = torch.arange(3, 19).view(2, 8)\n"
-        "whole = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)(ids).logits\n"
-        "model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, tp_plan='auto')\n"
-        "logits = model(ids).logits\n"
-        "torch.testing.assert_close(getattr(logits, 'full_tensor', lambda: logits)(), whole, atol=1e-5, rtol=1e-5)\n"
-        "weight = model.transformer.encoder.layers[0].mlp.dense_h_to_4h.weight\n"
-        "print(weight.to_local().shape[0] if hasattr(weight, 'to_local') else weight.shape[0])\n",
+        "for folder in sys.argv[1:]:\n"
+        "    whole = AutoModel.from_pretrained(folder, trust_remote_code=True)(ids).logits\n"
+        "    model = AutoModel.from_pretrained(folder, trust_remote_code=True, tp_plan='auto')\n"
+        "    logits = model(ids).logits\n"
+        "    logits = getattr(logits, 'full_tensor', lambda: logits)()\n"
+        "    torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)\n"
+        "    print(*model.transformer.encoder.layers[0].mlp.dense_h_to_4h.weight.to_local().shape, flush=True)\n",
         encoding="utf-8",
     )
     yield script
@@ -531,7 +532,7 @@ def tensor_parallel_script(tmp_path: Path) -> Iterator[Path]:
 def test_tensor_parallel_equals_one_process(case_folder: Callable[[str], Path], tensor_parallel_script: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
-        [*launch, tensor_parallel_script, case_folder("chatglm3")],
+        [*launch, tensor_parallel_script, case_folder("chatglm3"), case_folder("chatglm1")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -539,8 +540,8 @@ def test_tensor_parallel_equals_one_process(case_folder: Callable[[str], Path], 
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    # 112 rows of gate and up, one half in each process.
-    assert run.stdout.count("56") == 2
+    # One half of the rows in each process: of 112 with gate and up, of 72 without.
+    assert (run.stdout.count("56 40"), run.stdout.count("36 32")) == (2, 2)
 
 
 def test_unsupported_checkpoints_are_refused_by_name(case_folder: Callable[[str], Path]) -> None:
