@@ -5,6 +5,7 @@
 #   make chat MODEL=/path/to/chatglm3-6b  talk to a checkpoint
 #   make chat ARGS='--once 你好'          one answer, for scripts
 #   make test ARGS='-k stream_chat'       some of the tests
+#   make conformance                      Transformers' own tests of models and tokenizers
 
 PYTHON ?= python3
 MODEL ?= examples/tiny-chatglm3
@@ -12,10 +13,11 @@ ARGS ?=
 
 NEWEST := .venv
 FLOOR := .venv-floor
+CONFORMANCE := .conformance
 # The files mlinter has rules for.
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py tokenization_*.py generation_*.py)
 
-.PHONY: setup chat test test-floor style fix bench
+.PHONY: setup chat test test-floor conformance style fix bench
 
 setup: $(NEWEST)/installed
 
@@ -27,6 +29,9 @@ test: setup
 
 test-floor: $(FLOOR)/installed
 	$(FLOOR)/bin/python -m pytest -m floor $(ARGS)
+
+conformance: setup $(CONFORMANCE)/unpacked
+	$(NEWEST)/bin/python -m pytest -o addopts=--strict-markers tests/conformance $(ARGS)
 
 style: setup
 	$(NEWEST)/bin/ruff format --check .
@@ -48,3 +53,13 @@ $(FLOOR)/installed: requirements/floor.txt requirements/common.txt
 	@test -x $*/bin/python || $(PYTHON) -m venv $*
 	$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
+
+# The source distribution has the files of tests/ that models share, not the folders beside them.
+$(CONFORMANCE)/unpacked: requirements/newest.txt | $(NEWEST)/installed
+	@rm -rf $(CONFORMANCE) && mkdir -p $(CONFORMANCE)
+	$(NEWEST)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--no-binary :all: --dest $(CONFORMANCE) $$(grep ^transformers== requirements/newest.txt)
+	@tar -xzf $(CONFORMANCE)/transformers-*.tar.gz -C $(CONFORMANCE) --strip-components=1
+	@rm -r $(CONFORMANCE)/src $(CONFORMANCE)/transformers-*.tar.gz
+	@mkdir -p $(CONFORMANCE)/tests/fixtures
+	@touch $(CONFORMANCE)/tests/__init__.py $(CONFORMANCE)/tests/fixtures/sample_text.txt $@

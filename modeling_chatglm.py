@@ -446,8 +446,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         # CODEPATH: chatglm-6b; the others are causal.
         if self.config.prefix_lm and attn_implementation not in (None, *PREFIX_LM_ATTENTION):
             raise ValueError(
-                f"`attn_implementation={attn_implementation!r}` cannot express the mask of ChatGLM-6B, whose context is "
-                f"bidirectional, and would drop it silently. Use one of {PREFIX_LM_ATTENTION}."
+                f'Specified `attn_implementation="{attn_implementation}"` is not supported by ChatGLM-6B: it is unknown, '
+                f"or it would silently drop the mask of the bidirectional context. Use one of {PREFIX_LM_ATTENTION}."
             )
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
@@ -456,9 +456,14 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # Loading replaces the parameters by new ones, which all require a gradient.
-        if model.base_model.prefix_encoder is not None:
-            model.base_model.freeze_all_but_prefix()
+        model.freeze_untrained()
         return loaded
+
+    def freeze_untrained(self) -> None:
+        """Take the gradient off what training must not or cannot change: all but the prefix in P-tuning v2."""
+        if (prefix_encoder := self.base_model.prefix_encoder) is not None:
+            self.base_model.requires_grad_(False)
+            prefix_encoder.requires_grad_(True)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embedding.word_embeddings
@@ -493,14 +498,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
         if config.pre_seq_len is not None:
             self.prefix_encoder = PrefixEncoder(config)
-            self.freeze_all_but_prefix()
+        self.freeze_untrained()
         self.gradient_checkpointing = False
         self.post_init()
-
-    def freeze_all_but_prefix(self) -> None:
-        """P-tuning v2 trains the prefix and nothing else."""
-        self.requires_grad_(False)
-        self.prefix_encoder.requires_grad_(True)
 
     def add_prefix(self, past_key_values: Cache | None, inputs_embeds: torch.Tensor) -> Cache:
         """Put the prefix into a cache that holds nothing yet, making the cache if there is none."""
@@ -713,7 +713,14 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         self.transformer = ChatGLMModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
         self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
+        self.freeze_untrained()
         self.post_init()
+
+    def freeze_untrained(self) -> None:
+        super().freeze_untrained()
+        # Of no use here unless it is the embedding; distributed training wants every trained weight used.
+        if not self.config.tie_word_embeddings:
+            self.transformer.output_layer.requires_grad_(False)
 
     @can_return_tuple
     @auto_docstring(

@@ -457,6 +457,8 @@ def test_missing_weights_are_initialized(case_folder: Callable[[str], Path]) -> 
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=40)
     assert std_is(classifier.classifier_head.weight, 0.02)
     assert torch.equal(classifier.classifier_head.bias, torch.zeros(40))
+    unused = {name for name, parameter in classifier.named_parameters() if not parameter.requires_grad}
+    assert unused == {"transformer.output_layer.weight"}
     for projection in (False, True):
         model = AutoModel.from_pretrained(folder, trust_remote_code=True, pre_seq_len=20, prefix_projection=projection)
         weights = dict(model.transformer.prefix_encoder.named_parameters())

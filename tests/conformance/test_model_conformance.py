@@ -1,0 +1,110 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Transformers' common configuration, model and training tests, on tiny models of ChatGLM3 and ChatGLM-6B."""
+
+import unittest
+from typing import Any
+
+import torch
+from library import KnownDeviations, load_class
+from transformers.testing_utils import torch_device
+from transformers_tests.test_configuration_common import ConfigTester
+from transformers_tests.test_modeling_common import ModelTesterMixin
+from transformers_tests.test_training_mixin import TrainingTesterMixin
+
+
+ChatGLMConfig = load_class("configuration_chatglm.ChatGLMConfig")
+ChatGLMModel = load_class("modeling_chatglm.ChatGLMModel")
+ChatGLMForConditionalGeneration = load_class("modeling_chatglm.ChatGLMForConditionalGeneration")
+ChatGLMForSequenceClassification = load_class("modeling_chatglm.ChatGLMForSequenceClassification")
+
+DECODERS = (ChatGLMModel, ChatGLMForConditionalGeneration)
+GENERATION = {"test_generation_tester_mixin_inheritance": "the source distribution has no GenerationTesterMixin"}
+RENAMING = {"test_reverse_loading_mapping": "names are those a checkpoint came with; a new model has one of two sets"}
+CHECKPOINTING = (
+    "test_training_gradient_checkpointing",
+    "test_training_gradient_checkpointing_use_reentrant_false",
+    "test_training_gradient_checkpointing_use_reentrant_true",
+)
+
+
+class ChatGLMModelTester:
+    """What the mixins ask for: the sizes, a configuration with them, and an input."""
+
+    batch_size, seq_length, is_training = 4, 7, True
+    num_hidden_layers, hidden_size, num_attention_heads, vocab_size = 2, 32, 4, 99
+    causal_lm_class = ChatGLMForConditionalGeneration
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+    def get_config(self) -> Any:
+        return ChatGLMConfig(
+            num_layers=self.num_hidden_layers,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            kv_channels=8,
+            multi_query_group_num=2,
+            ffn_hidden_size=48,
+            padded_vocab_size=self.vocab_size,
+            seq_length=128,
+            **self.options,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, torch.Tensor]]:
+        shape = (self.batch_size, self.seq_length)
+        input_ids = torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        # Padding on the left: none in the first row, one more in each that follows.
+        attention_mask = torch.ones_like(input_ids).triu()
+        inputs = {"input_ids": input_ids.to(torch_device), "attention_mask": attention_mask.to(torch_device)}
+        return self.get_config(), inputs
+
+
+CHATGLM3 = ChatGLMModelTester(model_version="chatglm3")
+CHATGLM_6B = ChatGLMModelTester(model_version="chatglm", bos_token_id=94, eos_token_id=95)
+
+
+class ChatGLM3ConformanceTest(KnownDeviations, ModelTesterMixin, TrainingTesterMixin, unittest.TestCase):
+    all_model_classes = DECODERS
+    model_tester = CHATGLM3
+    deviations = GENERATION | RENAMING
+
+    def test_config(self) -> None:
+        ConfigTester(self, config_class=ChatGLMConfig, hidden_size=128).run_common_tests()
+
+
+class ChatGLM3ClassifierConformanceTest(KnownDeviations, ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (ChatGLMForSequenceClassification,)
+    model_tester = CHATGLM3
+    deviations = RENAMING
+
+
+class ChatGLM6BConformanceTest(KnownDeviations, ModelTesterMixin, TrainingTesterMixin, unittest.TestCase):
+    all_model_classes = (*DECODERS, ChatGLMForSequenceClassification)
+    model_tester = CHATGLM_6B
+    deviations = GENERATION | RENAMING
+
+
+class PrefixConformanceTest(KnownDeviations, ModelTesterMixin, unittest.TestCase):
+    """With a prefix of P-tuning v2, which alone is trained."""
+
+    all_model_classes = DECODERS
+    model_tester = ChatGLMModelTester(model_version="chatglm3", pre_seq_len=4)
+    deviations = {
+        **GENERATION,
+        **RENAMING,
+        **dict.fromkeys(CHECKPOINTING, "a checkpointed layer gets no cache, and the prefix is there"),
+        "test_attention_outputs": "tokens attend to the prefix as well",
+        "test_retain_grad_hidden_states_attentions": "before the first layer nothing is trained",
+    }
