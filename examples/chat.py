@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from local_code import register
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from local_code import load_tokenizer, register
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 
@@ -110,7 +110,7 @@ def load(folder: Path, device: str, dtype: str) -> tuple[PreTrainedModel, PreTra
         dtype = AutoConfig.from_pretrained(folder).dtype or "float32"
         # Processors compute slowly in float16, or not at all.
         dtype = "bfloat16" if device == "cpu" and dtype == torch.float16 else dtype
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     return AutoModel.from_pretrained(folder, dtype=dtype, device_map=device).eval(), tokenizer
 
 

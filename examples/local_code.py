@@ -17,11 +17,12 @@ A checkpoint folder then needs no `.py` files, and those it has are left alone a
 """
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -43,3 +44,13 @@ def register() -> ModuleType:
         auto_class.register(config_class, modeling.ChatGLMForConditionalGeneration, exist_ok=True)
     AutoTokenizer.register(config_class, tokenizer_class=tokenization.ChatGLMTokenizer, exist_ok=True)
     return modeling
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint folder with the class its tokenizer_config.json names."""
+    register()
+    tokenization = importlib.import_module(f"{PACKAGE}.tokenization_chatglm")
+    settings = folder / "tokenizer_config.json"
+    name = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") if settings.is_file() else None
+    # `AutoTokenizer` can hold one class for a configuration, and GLM-4 has one of its own.
+    return getattr(tokenization, name or "", tokenization.ChatGLMTokenizer).from_pretrained(folder)

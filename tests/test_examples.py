@@ -220,6 +220,13 @@ def test_training_script_reports_an_untrained_model(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in BUNDLED.iterdir()}
 
 
+@pytest.mark.parametrize("name", ["chatglm1", "chatglm2", "glm4"])
+def test_chat_with_a_checkpoint_of_every_generation(reference_dir: Path, name: str) -> None:
+    result = run_chat(str(reference_dir / name), "--once", "你好", "--max-length", "40", "--temperature", "0")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.strip()
+
+
 def test_chat_once() -> None:
     result = run_chat("--once", "你好")
     assert (result.returncode, result.stdout) == (0, f"{HELLO}\n"), result.stderr

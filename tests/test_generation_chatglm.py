@@ -39,7 +39,7 @@ from transformers import (
 )
 
 
-CASES = ["chatglm2", "chatglm3"]
+CASES = ["chatglm1", "chatglm2", "chatglm3", "glm4"]
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
 Pair = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -254,7 +254,7 @@ def test_histories_in_either_form_give_one_answer_in_the_native_form(pair: Pair)
         assert history == before
     response, history = answers[0]
     assert [answer[0] for answer in answers] == [response] * 3
-    if model.config.model_version == "chatglm2":
+    if model.config.model_version in ("chatglm", "chatglm2"):
         assert history == [*pairs, ("再见", response)]
     else:
         texts = ["你好", "我是", "a", "b", "再见", response]
