@@ -24,7 +24,18 @@ What is unusual here:
 """
 
 import math
+from dataclasses import fields
 from typing import Any
+
+import transformers
+
+
+# Before anything that older versions lack: this is the first of the files that the library loads.
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17):
+    raise ImportError(
+        f"These ChatGLM files need Transformers 5.17 or newer, this is {transformers.__version__}: "
+        "pip install -U 'transformers>=5.17,<6'"
+    )
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -89,8 +100,12 @@ def infer_model_version(config: dict[str, Any]) -> str | None:
     if any(config.get(key) for key in CHATGLM_6B_KEYS):
         return "chatglm"
     eos_token_id = config.get("eos_token_id")
-    # GLM-4 pads with `<|endoftext|>`, the first of its end tokens; the others pad with `<unk>` or `<pad>`.
-    if isinstance(eos_token_id, (list, tuple)) and config.get("pad_token_id") in eos_token_id:
+    # GLM-4 pads with `<|endoftext|>`, one of its end tokens. Trainers do the same with `</s>`, the others' id 2.
+    if (
+        isinstance(eos_token_id, (list, tuple))
+        and config.get("pad_token_id") in eos_token_id
+        and 2 not in eos_token_id
+    ):
         return "glm4"
     for key in ("_name_or_path", "name_or_path"):
         name = str(config.get(key) or "").lower()
@@ -98,6 +113,12 @@ def infer_model_version(config: dict[str, Any]) -> str | None:
             if part in name:
                 return model_version
     return None
+
+
+def own_field_names() -> set[str]:
+    """The fields that `ChatGLMConfig` adds to those of every configuration."""
+    inherited = {field.name for field in fields(PreTrainedConfig)}
+    return {field.name for field in fields(ChatGLMConfig)} - inherited
 
 
 @auto_docstring(
@@ -196,7 +217,7 @@ class ChatGLMConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     classifier_dropout: float | int | None = None
     initializer_range: float = 0.02
-    quantization_bit: int = 0
+    quantization_bit: int | None = 0
     pre_seq_len: int | None = None
     prefix_projection: bool = False
     use_cache: bool = True
@@ -208,7 +229,7 @@ class ChatGLMConfig(PreTrainedConfig):
     gmask_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        own_keys = {name: getattr(self, name) for name in self.__annotations__ if getattr(self, name) is not None}
+        own_keys = {name: getattr(self, name) for name in own_field_names() if getattr(self, name) is not None}
         self.model_version = infer_model_version({**kwargs, **own_keys}) or "chatglm3"
         for name in [name for name in kwargs if name in self.attribute_map]:
             setattr(self, name, kwargs.pop(name))
@@ -242,7 +263,7 @@ class ChatGLMConfig(PreTrainedConfig):
         positive = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
         for name in (*positive, "num_key_value_heads", "vocab_size", "max_position_embeddings", "rope_ratio"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or value <= 0:
+            if not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
         if self.num_attention_heads % self.num_key_value_heads != 0:
             raise ValueError(
@@ -254,7 +275,7 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"`head_dim` (`kv_channels`) must be a multiple of 4, because half of a head is rotated in "
                 f"pairs; got {self.head_dim}."
             )
-        if self.quantization_bit not in (0, 4, 8):
+        if self.quantization_bit not in (None, 0, 4, 8):
             raise ValueError(f"`quantization_bit` must be 0, 4 or 8, got {self.quantization_bit}.")
         if self.pre_seq_len is not None and self.pre_seq_len <= 0:
             raise ValueError(f"`pre_seq_len` must be positive, or None for no prefix, got {self.pre_seq_len}.")
@@ -283,7 +304,7 @@ class ChatGLMConfig(PreTrainedConfig):
         both = [name for key, name in cls.attribute_map.items() if key in config_dict and name in config_dict]
         config_dict = {key: value for key, value in config_dict.items() if key not in both}
         # Overrides given to `from_pretrained` join in here, to be validated and to shape what is derived.
-        for key in [key for key in kwargs if key in cls.attribute_map or key in cls.__annotations__]:
+        for key in [key for key in kwargs if key in cls.attribute_map or key in own_field_names()]:
             name = cls.attribute_map.get(key, key)
             config_dict = {
                 other: value for other, value in config_dict.items() if cls.attribute_map.get(other) != name

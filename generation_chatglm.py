@@ -23,7 +23,7 @@ What is unusual here:
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -67,6 +67,8 @@ class ConversationCache(DynamicCache):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.token_ids: list[int] = []
+        # A stream that has not ended is still writing.
+        self.is_busy = False
 
     def keep_common_prefix(self, token_ids: list[int]) -> None:
         """Drop everything from the first token on that differs from `token_ids`, and always the last one of them."""
@@ -105,16 +107,19 @@ class StopEvent(StoppingCriteria):
 
 
 class QueueStreamer(BaseStreamer):
-    """Puts the new tokens of each step, `[batch]`, into a queue; the prompt, which comes first, is left out."""
+    """Puts new tokens, `[batch]` at a time, into a queue; the prompt, which comes first, is left out."""
 
     def __init__(self) -> None:
         self.queue: queue.SimpleQueue[torch.Tensor | BaseException | None] = queue.SimpleQueue()
-        self.saw_prompt = False
+        self.batch_size: int | None = None
 
     def put(self, value: torch.Tensor) -> None:
-        if self.saw_prompt:
-            self.queue.put(value)
-        self.saw_prompt = True
+        if self.batch_size is None:
+            self.batch_size = value.shape[0]
+            return
+        # Speculative decoding brings several tokens at once.
+        for tokens in value.reshape(self.batch_size, -1).unbind(1):
+            self.queue.put(tokens)
 
     def end(self) -> None:
         """The end is marked by the thread, which knows whether it was an error."""
@@ -128,9 +133,10 @@ class ChatGLMGenerationMixin(GenerationMixin):
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Generate as `GenerationMixin.generate` does, after checking the prompt.
+        """Generate as `GenerationMixin.generate` does, after checking the prompt. `temperature=0` decodes greedily.
 
         Raises:
             ValueError: for ids outside the vocabulary, for a prompt longer than the model's positions, and for
@@ -148,10 +154,11 @@ class ChatGLMGenerationMixin(GenerationMixin):
         # CODEPATH: chatglm-6b; the others are causal.
         if self.config.prefix_lm:
             self._prepare_prefix_lm(generation_config_used, kwargs)
+        if kwargs.get("temperature") == 0 or kwargs.get("do_sample") is False:
+            # `None` also silences what a generation_config.json says about sampling.
+            kwargs.update(do_sample=False, temperature=None, top_p=None, top_k=None)
         logits_processor = LogitsProcessorList([*(logits_processor or []), NotANumberCheck(self.dtype)])
-        return super().generate(
-            inputs, generation_config=generation_config, logits_processor=logits_processor, **kwargs
-        )
+        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
     def _check_prompt(self, input_ids: torch.LongTensor) -> None:
         lowest, highest = input_ids.min().item(), input_ids.max().item()
@@ -171,6 +178,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
             value = kwargs.get(name, getattr(generation_config, name, None))
             if value not in (None, "dynamic"):
                 raise ValueError(f"`{name}={value!r}` does not work with a P-tuning prefix (`pre_seq_len`) yet.")
+        if (cache := kwargs.get("past_key_values")) is not None and cache.is_initialized:
+            raise ValueError("`past_key_values` cannot be continued with a P-tuning prefix (`pre_seq_len`) yet.")
 
     def _prepare_prefix_lm(self, generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
         kwargs["attention_mask"] = reduce_published_mask(kwargs.get("attention_mask"))
@@ -187,8 +196,10 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """Continuous batching, for the causal generations.
 
         Raises:
-            ValueError: for ChatGLM-6B, whose bidirectional context it would lose.
+            ValueError: for ChatGLM-6B, whose bidirectional context it would lose, and with a P-tuning prefix.
         """
+        if self.config.pre_seq_len is not None:
+            raise ValueError("`generate_batch` does not work with a P-tuning prefix (`pre_seq_len`) yet.")
         if self.config.prefix_lm:
             raise ValueError(
                 "`generate_batch` cannot be used with ChatGLM-6B: its paged attention would drop the mask of the "
@@ -203,6 +214,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         query: str,
         history: History | None = None,
         role: str = "user",
+        *,
         past_key_values: ConversationCache | None = None,
         return_past_key_values: bool = False,
         **kwargs: Any,
@@ -229,9 +241,10 @@ class ChatGLMGenerationMixin(GenerationMixin):
         prompt_ids = self._encode(tokenizer, messages)
         cache = self._prepare_cache(past_key_values, return_past_key_values, prompt_ids)
         kwargs = self._chat_kwargs(tokenizer, kwargs)
-        output_ids = self.generate(torch.tensor([prompt_ids], device=self.device), past_key_values=cache, **kwargs)[
-            0
-        ].tolist()
+        if cache is not None and (kwargs.get("num_beams") or 1) > 1:
+            raise ValueError("A cache of several beams cannot be kept for the next turn: leave `num_beams` at 1.")
+        input_ids = torch.tensor([prompt_ids], device=self._input_device())
+        output_ids = self.generate(input_ids, past_key_values=cache, **kwargs)[0].tolist()
         if cache is not None:
             cache.token_ids = output_ids[: cache.get_seq_length()]
         answer = self._read(tokenizer, output_ids[len(prompt_ids) :], messages, kwargs["eos_token_id"])
@@ -244,6 +257,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         query: str,
         history: History | None = None,
         role: str = "user",
+        *,
         past_key_values: ConversationCache | None = None,
         return_past_key_values: bool = False,
         **kwargs: Any,
@@ -258,8 +272,10 @@ class ChatGLMGenerationMixin(GenerationMixin):
         cache = self._prepare_cache(past_key_values, return_past_key_values, prompt_ids)
         kwargs = self._chat_kwargs(tokenizer, kwargs)
         stop_ids = kwargs["eos_token_id"]
-        input_ids = torch.tensor([prompt_ids], device=self.device)
+        input_ids = torch.tensor([prompt_ids], device=self._input_device())
         output_ids, shown = prompt_ids, False
+        if cache is not None:
+            cache.is_busy = True
         try:
             with closing(self.stream_generate(input_ids, past_key_values=cache, **kwargs)) as stream:
                 for step in stream:
@@ -274,6 +290,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         finally:
             if cache is not None:
                 cache.token_ids = output_ids[: cache.get_seq_length()]
+                cache.is_busy = False
         if not shown:
             answer = self._read(tokenizer, output_ids[len(prompt_ids) :], messages, stop_ids)
             yield (*answer, cache) if return_past_key_values else answer
@@ -294,12 +311,15 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """
         if isinstance(queries, str) or not queries:
             raise ValueError(f"`queries` must be a list of at least one message, got {queries!r}.")
+        for name in ("past_key_values", "return_past_key_values"):
+            if kwargs.pop(name, None):
+                raise ValueError(f"`{name}` belongs to one conversation; use it with `chat`.")
         histories = [None] * len(queries) if histories is None else histories
         if len(histories) != len(queries):
             raise ValueError(f"Got {len(queries)} queries but {len(histories)} histories; give one for each query.")
         batch = [self._next_messages(query, history, role) for query, history in zip(queries, histories)]
         prompts = [{"input_ids": self._encode(tokenizer, messages)} for messages in batch]
-        inputs = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(self.device)
+        inputs = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(self._input_device())
         kwargs = self._chat_kwargs(tokenizer, kwargs)
         output_ids = self.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **kwargs)
         answers = [
@@ -315,6 +335,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
         return_past_key_values: bool = False,
         **kwargs: Any,
     ) -> Iterator[torch.LongTensor | tuple[torch.LongTensor, Cache]]:
@@ -324,13 +345,20 @@ class ChatGLMGenerationMixin(GenerationMixin):
             input_ids: the prompt, `[batch, seq]`.
             return_past_key_values: yield pairs of ids and the cache, which is one object that keeps growing.
             kwargs: anything `generate` takes.
+
+        Raises:
+            ValueError: for beams, several sequences of one prompt, and a `streamer`, which cannot be streamed.
         """
+        for name, allowed in (("streamer", None), ("num_beams", 1), ("num_return_sequences", 1)):
+            value = kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
+            if value not in (None, allowed):
+                raise ValueError(f"`{name}={value!r}` cannot be streamed; use `generate` or `chat`.")
         if return_past_key_values and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = DynamicCache(config=self.config)
         stopped = threading.Event()
         streamer = QueueStreamer()
         # Both modes belong to a thread, and `generate` is about to run in another one than the caller's.
-        device_type = self.device.type
+        device_type = input_ids.device.type
         autocast = torch.autocast(
             device_type,
             dtype=torch.get_autocast_dtype(device_type),
@@ -338,14 +366,20 @@ class ChatGLMGenerationMixin(GenerationMixin):
         )
         thread = threading.Thread(
             target=self._generate_into,
-            args=(streamer, autocast, torch.inference_mode(torch.is_inference_mode_enabled())),
-            kwargs={
-                "inputs": input_ids,
-                "generation_config": generation_config,
-                "logits_processor": logits_processor,
-                "stopping_criteria": StoppingCriteriaList([*(stopping_criteria or []), StopEvent(stopped)]),
-                **kwargs,
-            },
+            args=(
+                streamer,
+                autocast,
+                torch.inference_mode(torch.is_inference_mode_enabled()),
+                {
+                    "inputs": input_ids,
+                    "generation_config": generation_config,
+                    "logits_processor": logits_processor,
+                    "stopping_criteria": StoppingCriteriaList([*(stopping_criteria or []), StopEvent(stopped)]),
+                    "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+                    "streamer": streamer,
+                    **kwargs,
+                },
+            ),
             daemon=True,
         )
         thread.start()
@@ -360,14 +394,22 @@ class ChatGLMGenerationMixin(GenerationMixin):
             thread.join()
 
     def _generate_into(
-        self, streamer: QueueStreamer, autocast: torch.autocast, inference_mode: torch.inference_mode, **kwargs: Any
+        self,
+        streamer: QueueStreamer,
+        autocast: torch.autocast,
+        inference_mode: torch.inference_mode,
+        generate_kwargs: dict[str, Any],
     ) -> None:
         try:
             with inference_mode, autocast:
-                self.generate(streamer=streamer, **kwargs)
+                self.generate(**generate_kwargs)
             streamer.queue.put(None)
         except BaseException as error:  # Whatever it is belongs to the caller, who waits at the queue.
             streamer.queue.put(error)
+
+    def _input_device(self) -> torch.device:
+        # An embedding that is offloaded is on the meta device until it is used; its hook moves the ids.
+        return self.device if self.device.type != "meta" else torch.device("cpu")
 
     def _next_messages(self, query: str, history: History | None, role: str) -> list[dict[str, Any]]:
         if not isinstance(query, str):
@@ -388,6 +430,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
                 "`past_key_values` must be the cache that `chat` or `stream_chat` returned, because it knows which "
                 f"tokens it holds; got {type(past_key_values).__name__}."
             )
+        if past_key_values.is_busy:
+            raise ValueError("`past_key_values` belongs to a stream that has not ended; exhaust or close it first.")
         if self.config.pre_seq_len is not None or self.config.prefix_lm:
             # A P-tuning prefix is in the cache without being counted by the library, and a new question changes what
             # the whole bidirectional context of ChatGLM-6B computes.
@@ -396,31 +440,37 @@ class ChatGLMGenerationMixin(GenerationMixin):
         return past_key_values
 
     def _chat_kwargs(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> dict[str, Any]:
-        model_version = self.config.model_version
-        stop_ids = tokenizer.stop_token_ids(model_version)
+        """What `generate` is given: the caller's arguments, then his generation config, then the published defaults."""
+        positions = self.config.max_position_embeddings
         defaults = {
-            "eos_token_id": stop_ids,
+            "eos_token_id": tokenizer.stop_token_ids(self.config.model_version),
             "pad_token_id": tokenizer.pad_token_id,
             "do_sample": True,
-            **CHAT_DEFAULTS[model_version],
+            **CHAT_DEFAULTS[self.config.model_version],
         }
-        positions = self.config.max_position_embeddings
         defaults["max_length"] = min(defaults.get("max_length", positions), positions)
-        kwargs = {**defaults, **kwargs}
-        if "stop_strings" in kwargs:
-            kwargs["tokenizer"] = tokenizer
+        if (given := kwargs.get("generation_config")) is not None:
+            defaults = {name: value for name, value in defaults.items() if getattr(given, name, None) is None}
+            defaults["eos_token_id"] = given.eos_token_id or tokenizer.stop_token_ids(self.config.model_version)
+            if given.max_new_tokens is not None:
+                defaults.pop("max_length", None)
+        kwargs = {**defaults, **kwargs, "tokenizer": tokenizer, "return_dict_in_generate": False}
         if kwargs.get("max_new_tokens") is not None:
-            del kwargs["max_length"]
-        if not kwargs["do_sample"] or kwargs["temperature"] == 0:
-            # `None` also silences what a generation_config.json says about sampling.
-            kwargs.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+            kwargs.pop("max_length", None)
+        elif "max_length" in kwargs:
+            # Otherwise a generation_config.json with `max_new_tokens` would win.
+            kwargs["max_new_tokens"] = None
+        if kwargs.get("num_return_sequences", 1) != 1:
+            raise ValueError(
+                f"A conversation has one answer: `num_return_sequences` is {kwargs['num_return_sequences']}."
+            )
         if isinstance(kwargs["eos_token_id"], int):
             kwargs["eos_token_id"] = [kwargs["eos_token_id"]]
         return kwargs
 
-    def _decode(self, tokenizer: PreTrainedTokenizerBase, new_ids: list[int], stop_ids: list[int]) -> str:
+    def _decode(self, tokenizer: PreTrainedTokenizerBase, new_ids: list[int], stop_ids: list[int] | None) -> str:
         """The text before the first stop token; a batch fills what follows it with padding."""
-        stops = (index for index, token_id in enumerate(new_ids) if token_id in stop_ids)
+        stops = (index for index, token_id in enumerate(new_ids) if token_id in (stop_ids or ()))
         return tokenizer.decode(new_ids[: next(stops, None)], model_version=self.config.model_version)
 
     def _read(
@@ -428,7 +478,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         tokenizer: PreTrainedTokenizerBase,
         new_ids: list[int],
         messages: list[dict[str, Any]],
-        stop_ids: list[int],
+        stop_ids: list[int] | None,
     ) -> tuple[Any, History]:
         text = self._decode(tokenizer, new_ids, stop_ids)
         response, new_messages = read_answer(text, messages, self.config.model_version)

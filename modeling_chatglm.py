@@ -47,13 +47,15 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_chatglm import ChatGLMConfig
 from .generation_chatglm import ChatGLMGenerationMixin, reduce_published_mask
 
+
+logger = logging.get_logger(__name__)
 
 # Attention that takes any mask.
 PREFIX_LM_ATTENTION = ("sdpa", "eager", "flex_attention")
@@ -145,8 +147,11 @@ class ChatGLMRotaryEmbedding(nn.Module):
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions `[batch, seq]` or, in two dimensions, `[batch, 2, seq]` -> cos, sin `[batch, 1, seq, 1 or 2, freq]`."""
         position_ids = position_ids.unflatten(0, (-1, 1)) if position_ids.ndim == 2 else position_ids
-        # Half precision cannot tell neighbouring positions apart beyond 2048.
-        angles = position_ids.transpose(1, 2)[:, None, :, :, None].float() * self.inv_freq.float()
+        inv_freq = self.inv_freq
+        # `model.half()` rounds buffers too, and half precision cannot tell neighbouring positions apart beyond 2048.
+        if inv_freq.dtype != torch.float32:
+            inv_freq, _ = self.compute_default_rope_parameters(self.config, inv_freq.device)
+        angles = position_ids.transpose(1, 2)[:, None, :, :, None].float() * inv_freq
         return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
 
 
@@ -453,6 +458,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        # Published training scripts pass it; Transformers 5 never fills weights that are about to be loaded.
+        kwargs.pop("empty_init", None)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # Loading replaces the parameters by new ones, which all require a gradient.
@@ -549,6 +556,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             )
         elif token_type_ids is None and position_ids is not None and position_ids.ndim == 3:
             token_type_ids = (position_ids[:, 1] == 0).long()
+        elif token_type_ids is None and is_first_step:
+            logger.warning_once(
+                "Embeddings do not tell where the context of ChatGLM-6B ends, so they are read from left to right. Give "
+                "`position_ids` of shape [batch, 2, seq] as the tokenizer returns them."
+            )
         return position_ids, token_type_ids
 
     @merge_with_config_defaults
@@ -575,12 +587,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        # CODEPATH: chatglm-6b, whose tokenizer returns a mask of its own kind.
-        if self.config.prefix_lm and past_key_values is None:
-            attention_mask = reduce_published_mask(attention_mask)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         is_first_step = past_key_values is None or not past_key_values.is_initialized
+        # CODEPATH: chatglm-6b, whose tokenizer returns a mask of its own kind. A mask made for a static cache is not it.
+        if self.config.prefix_lm and is_first_step and not getattr(past_key_values, "is_compileable", False):
+            attention_mask = reduce_published_mask(attention_mask)
         # CODEPATH: chatglm-6b; the others are causal and have one position for each token.
         if self.config.prefix_lm:
             position_ids, token_type_ids = self.make_prefix_lm_inputs(
@@ -749,7 +761,13 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        attention_mask = reduce_published_mask(attention_mask)
+        # CODEPATH: chatglm-6b, whose tokenizer returns a mask of its own kind.
+        if self.config.prefix_lm:
+            attention_mask = reduce_published_mask(attention_mask)
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                f"The last token of each row is read off an attention mask [batch, seq], got {attention_mask.shape}."
+            )
         rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
         last_token = -1
         if attention_mask is not None:

@@ -155,6 +155,8 @@ def test_masks_and_positions_of_the_published_tokenizer(model: ModelMaker) -> No
         blocked[row, 0, -length:, -length:] = ~inner
     expected = chatglm(ids, attention_mask=mask).logits
     torch.testing.assert_close(chatglm(ids, attention_mask=blocked).logits, expected)
+    cache = DynamicCache(config=chatglm.config)
+    torch.testing.assert_close(chatglm(ids, attention_mask=blocked, past_key_values=cache).logits, expected)
     new_ids = chatglm.generate(ids, attention_mask=mask, **GREEDY)
     position_ids = torch.zeros(2, 2, ids.shape[1], dtype=torch.long)
     assert torch.equal(chatglm.generate(ids, attention_mask=blocked, position_ids=position_ids, **GREEDY), new_ids)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
@@ -124,6 +125,8 @@ def test_published_name_wins_in_a_file_and_overrides_win_over_both(config_class:
         ({"_name_or_path": "THUDM/codegeex4-all-9b"}, "glm4"),
         ({"name_or_path": "/models/glm-4-9b-chat"}, "glm4"),
         ({"num_layers": 28}, None),
+        # Trainers like to pad with the end token.
+        ({"eos_token_id": [2, 64795], "pad_token_id": 2, "_name_or_path": "THUDM/chatglm3-6b"}, "chatglm3"),
     ],
 )
 def test_generation_is_inferred(infer: Callable[..., Any], keys: dict[str, Any], model_version: str | None) -> None:
@@ -161,6 +164,7 @@ def test_chatglm_6b_gets_its_own_defaults(config_class: Any) -> None:
         ({"kv_channels": 6}, "head_dim.*6"),
         ({"padded_vocab_size": 0}, "vocab_size.*0"),
         ({"rope_ratio": 0}, "rope_ratio.*0"),
+        ({"rope_ratio": float("nan")}, "rope_ratio.*nan"),
         ({"quantization_bit": 3}, "quantization_bit.*3"),
         ({"pre_seq_len": 0}, "pre_seq_len.*0"),
         ({"hidden_dropout": 1.5}, "hidden_dropout.*1.5"),
@@ -180,3 +184,12 @@ def test_wrong_type_is_named(config_class: Any) -> None:
 def test_overrides_are_validated_too(config_class: Any, reference_dir: Path) -> None:
     with pytest.raises(ValueError, match="pre_seq_len.*-1"):
         config_class.from_pretrained(reference_dir / "chatglm3", pre_seq_len=-1)
+
+
+def test_an_older_library_is_named_with_the_remedy(
+    source: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = source("configuration_chatglm")
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    with pytest.raises(ImportError, match=r"5\.17.*4\.57\.6.*pip install"):
+        exec(compile(Path(module.__file__).read_text(encoding="utf-8"), module.__file__, "exec"), {})

@@ -320,14 +320,100 @@ def test_length_limits(chatglm3: Pair) -> None:
         assert cache.get_seq_length() == prompt + expected - 1
 
 
-def test_temperature_zero_is_greedy(pair: Pair, recwarn: pytest.WarningsRecorder) -> None:
+def test_temperature_zero_is_greedy(pair: Pair) -> None:
     model, tokenizer = pair
     expected = model.chat(tokenizer, "你好", **GREEDY)
+    inputs = tokenizer("你好", return_tensors="pt")
     for settings in ({"temperature": 0}, {"temperature": 0.0, "do_sample": True, "top_p": 0.5}):
         assert model.chat(tokenizer, "你好", max_new_tokens=24, **settings) == expected
+        assert list(model.stream_chat(tokenizer, "你好", max_new_tokens=24, **settings))[-1] == expected
+        assert model.batch_chat(tokenizer, ["你好"], max_new_tokens=24, **settings)[0] == [expected[0]]
+        greedy = model.generate(**inputs, **GREEDY)
+        assert torch.equal(list(model.stream_generate(**inputs, max_new_tokens=24, **settings))[-1], greedy)
     torch.manual_seed(3)
     sampled = {model.chat(tokenizer, "你好", max_new_tokens=24, temperature=1.5)[0] for _ in range(4)}
     assert len(sampled) > 1
+
+
+def test_a_generation_config_is_taken_at_its_word(chatglm3: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = chatglm3
+    expected = model.chat(tokenizer, "你好", **GREEDY)
+    given = GenerationConfig(do_sample=False, max_new_tokens=24)
+    before = given.to_dict()
+    for _ in range(2):
+        assert model.chat(tokenizer, "你好", generation_config=given) == expected
+        assert list(model.stream_chat(tokenizer, "你好", generation_config=given))[-1] == expected
+    assert given.to_dict() == before
+    # What the checkpoint's own file says does not shorten what the caller asked for, nor change what `chat` gets back.
+    prompt = len(tokenizer.build_chat_input("你好")["input_ids"][0])
+    monkeypatch.setattr(model.generation_config, "max_new_tokens", 3)
+    monkeypatch.setattr(model.generation_config, "return_dict_in_generate", True)
+    assert model.chat(tokenizer, "你好", do_sample=False, max_length=prompt + 24) == expected
+
+
+def test_drafted_tokens_stream_too(chatglm3: Pair) -> None:
+    model, tokenizer = chatglm3
+    query = "one two three four one two three four one two"
+    expected = list(model.stream_chat(tokenizer, query, **GREEDY))
+    assert list(model.stream_chat(tokenizer, query, prompt_lookup_num_tokens=3, **GREEDY)) == expected
+
+
+def test_no_stop_tokens_at_all(chatglm3: Pair) -> None:
+    model, tokenizer = chatglm3
+    steps = list(model.stream_chat(tokenizer, "你好", do_sample=False, max_new_tokens=9, eos_token_id=None))
+    assert steps[-1] == model.chat(tokenizer, "你好", do_sample=False, max_new_tokens=9, eos_token_id=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+        ({"streamer": 1}, "streamer"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(chatglm3: Pair, settings: dict[str, Any], message: str) -> None:
+    model, tokenizer = chatglm3
+    with pytest.raises(ValueError, match=message):
+        list(model.stream_chat(tokenizer, "你好", max_new_tokens=4, **settings))
+    with pytest.raises(ValueError, match=message):
+        list(model.stream_generate(torch.tensor([[5, 6]]), max_new_tokens=4, **settings))
+
+
+def test_what_one_conversation_cannot_have_is_refused(chatglm3: Pair) -> None:
+    model, tokenizer = chatglm3
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        model.batch_chat(tokenizer, ["a", "b"], num_beams=2, num_return_sequences=2, **GREEDY)
+    with pytest.raises(ValueError, match="beams"):
+        model.chat(tokenizer, "a", num_beams=2, return_past_key_values=True, **GREEDY)
+    for name in ("past_key_values", "return_past_key_values"):
+        with pytest.raises(ValueError, match=name):
+            model.batch_chat(tokenizer, ["a", "b"], **{name: True}, **GREEDY)
+    stream = model.stream_chat(tokenizer, "a", return_past_key_values=True, **GREEDY)
+    cache = next(stream)[2]
+    with pytest.raises(ValueError, match="has not ended"):
+        model.chat(tokenizer, "a", past_key_values=cache, **GREEDY)
+    stream.close()
+    assert model.chat(tokenizer, "a", past_key_values=cache, **GREEDY) == model.chat(tokenizer, "a", **GREEDY)
+
+
+def test_chat_with_an_offloaded_embedding(case_folder: Callable[[str], Path], chatglm3: Pair, tmp_path: Path) -> None:
+    model, tokenizer = chatglm3
+    devices = {"transformer": "cpu", "transformer.embedding": "disk"}
+    devices |= {f"transformer.{name}": "cpu" for name in ("rotary_pos_emb", "encoder", "output_layer")}
+    del devices["transformer"]
+    split = AutoModelForCausalLM.from_pretrained(
+        case_folder("chatglm3"),
+        trust_remote_code=True,
+        device_map=devices,
+        offload_folder=tmp_path,
+        dtype=torch.float32,
+    )
+    assert split.device.type == "meta"
+    expected = model.chat(tokenizer, "你好", **GREEDY)
+    assert split.chat(tokenizer, "你好", **GREEDY) == expected
+    assert list(split.stream_chat(tokenizer, "你好", **GREEDY))[-1] == expected
+    assert split.batch_chat(tokenizer, ["你好"], **GREEDY)[0] == [expected[0]]
 
 
 def test_published_client_code_runs(chatglm3: Pair, chatglm2: Pair) -> None:
@@ -414,6 +500,10 @@ def test_stop_strings(chatglm3: Pair) -> None:
     settings = saying(tokenizer, "\none two three", "</s>")
     response, _ = model.chat(tokenizer, "x", stop_strings=["two"], **settings)
     assert response == "one two"
+    settings = saying(tokenizer, "\none two three", "</s>")
+    assert list(model.stream_chat(tokenizer, "x", stop_strings=["two"], **settings))[-1][0] == "one two"
+    settings = saying(tokenizer, "\none two three", "</s>")
+    assert model.batch_chat(tokenizer, ["x"], stop_strings=["two"], **settings)[0] == ["one two"]
 
 
 def test_an_unk_in_the_prompt_is_not_padding(chatglm3: Pair) -> None:
@@ -477,6 +567,16 @@ def test_a_prefix_and_a_static_cache_are_refused_together(tiny_model: Callable[.
     for setting in ({"cache_implementation": "static"}, {"prefill_chunk_size": 4}):
         with pytest.raises(ValueError, match=f"{next(iter(setting))}.*pre_seq_len"):
             model.generate(ids, **setting)
+
+
+def test_a_prefix_is_not_counted_wrongly(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    model, ids = tiny_model(pre_seq_len=4), torch.arange(3, 13)[None]
+    cache = DynamicCache(config=model.config)
+    model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
+    with pytest.raises(ValueError, match="past_key_values.*pre_seq_len"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
+    with pytest.raises(ValueError, match="generate_batch.*pre_seq_len"):
+        model.generate_batch(inputs=ids.tolist())
 
 
 def test_chat_with_a_prefix_reuses_nothing_and_stays_right(case_folder: Callable[[str], Path], chatglm3: Pair) -> None:

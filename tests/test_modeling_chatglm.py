@@ -486,14 +486,32 @@ def test_everything_missing_is_initialized(case_folder: Callable[[str], Path], t
     assert model.transformer.rotary_pos_emb.inv_freq[0] == 1.0
 
 
-def test_rotary_frequencies_survive_half_precision(case_folder: Callable[[str], Path]) -> None:
-    model = AutoModel.from_pretrained(case_folder("chatglm3"), trust_remote_code=True, dtype=torch.bfloat16)
-    positions = torch.tensor([[2001]])
-    cos, sin = model.transformer.rotary_pos_emb(torch.zeros(1, 1, 1, dtype=torch.bfloat16), positions)
-    angles = 2001 * 10000.0 ** -(torch.arange(0, 4, 2).double() / 4)
-    assert cos.dtype == torch.bfloat16
-    torch.testing.assert_close(cos[0, 0, 0, 0].double(), angles.cos(), atol=4e-3, rtol=0)
-    torch.testing.assert_close(sin[0, 0, 0, 0].double(), angles.sin(), atol=4e-3, rtol=0)
+@pytest.mark.parametrize("way", ["from_pretrained", "half", "bfloat16", "to"])
+def test_rotary_angles_survive_half_precision(tiny_model: ModelMaker, tmp_path: Path, way: str) -> None:
+    model = tiny_model(kv_channels=128)
+    dtype = torch.float16 if way == "half" else torch.bfloat16
+    if way == "from_pretrained":
+        model.save_pretrained(tmp_path)
+        model = type(model).from_pretrained(tmp_path, dtype=dtype)
+    else:
+        model = model.to(dtype) if way == "to" else getattr(model, way)()
+    positions = torch.tensor([[1000, 8000]])
+    cos, sin = model.transformer.rotary_pos_emb(torch.zeros(1, 1, 1, dtype=dtype), positions)
+    angles = positions[0, :, None] * 10000.0 ** -(torch.arange(0, 64, 2).double() / 64)
+    assert cos.dtype == dtype
+    torch.testing.assert_close(cos[0, 0, :, 0].double(), angles.cos(), atol=4e-3, rtol=0)
+    torch.testing.assert_close(sin[0, 0, :, 0].double(), angles.sin(), atol=4e-3, rtol=0)
+
+
+def test_arguments_of_published_training_scripts_are_accepted(case_folder: Callable[[str], Path]) -> None:
+    model = AutoModel.from_pretrained(case_folder("chatglm3"), trust_remote_code=True, empty_init=False)
+    assert model.transformer.encoder.layers[0].mlp.dense_4h_to_h.weight.isfinite().all()
+
+
+def test_classification_wants_a_mask_of_rows(tiny_model: ModelMaker) -> None:
+    model, ids = tiny_model("ChatGLMForSequenceClassification"), prompt()
+    with pytest.raises(ValueError, match="2, 1, 11, 11"):
+        model(ids, attention_mask=torch.zeros(2, 1, 11, 11))
 
 
 def test_device_map_with_offloading(case_folder: Callable[[str], Path], tmp_path: Path) -> None:
