@@ -18,9 +18,10 @@ What is unusual here:
 - A conversation is not one string. The published code tokenizes every piece of text on its own (a role token, then
   `metadata` and a newline, then the content), and each piece starts with SentencePiece's leading space. So a
   conversation is a list of `Segment`s here, and the tokenizer encodes one after the other.
-- ChatGLM2 has no role tokens: its rounds are plain text, encoded as a whole up to the answer that is to be learnt.
-- An answer of ChatGLM3 starts with its `metadata`: empty for text, else the name of the tool it calls. A call is
-  Python source, `tool_call(name=value, ...)`. It is read as literals and never evaluated.
+- ChatGLM-6B and ChatGLM2 have no role tokens: their rounds are plain text, encoded as a whole up to the answer that is
+  to be learnt. ChatGLM-6B sees them as context in both directions, so only the last answer can be learnt.
+- An answer of ChatGLM3 or GLM-4 starts with its `metadata`: empty for text, else the name of the tool it calls. A call
+  is Python source, `tool_call(name=value, ...)`, or JSON. It is read as literals and never evaluated.
 - Messages come in three forms (pairs, the published dicts, OpenAI's dicts). `normalize_messages` turns them into the
   published dicts, the only form the rest of this file knows.
 
@@ -31,6 +32,7 @@ import ast
 import copy
 import io
 import json
+import re
 import reprlib
 import tokenize
 from collections.abc import Mapping, Sequence
@@ -43,12 +45,24 @@ ROLES = ("system", "user", "assistant", "observation")
 
 # The tokens that end an answer, per generation: the keys are the generations this file knows.
 STOP_TOKENS: dict[str, tuple[str, ...]] = {
+    "chatglm": ("<eop>",),
     "chatglm2": ("</s>",),
     "chatglm3": ("</s>", "<|user|>", "<|observation|>"),
+    "glm4": ("<|endoftext|>", "<|user|>", "<|observation|>"),
 }
 
-# The system text ChatGLM3's own demo writes above a list of tools.
+# The generations that write rounds of text: the number of the first one, and what ends a line.
+ROUND_FORMS = {"chatglm": (0, "\n"), "chatglm2": (1, "\n\n")}
+
+# The system text that the demos of ChatGLM3 and of GLM-4 write above a list of tools.
 TOOLS_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
+GLM4_TOOLS_PROMPT = (
+    "你是一个名为 GLM-4 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
+    "你的任务是针对用户的问题和要求提供适当的答复和支持。"
+)
+# What GLM-4 writes between its system text and the tools, and below each of them.
+GLM4_TOOLS_HEADING = "\n\n# 可用工具"
+GLM4_TOOL_NOTE = "\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
 
 # A placeholder the models were trained to write for the date of their training, and what `chat` shows instead.
 TRAINING_TIME = ("[[训练时间]]", "2023年")
@@ -56,6 +70,205 @@ TRAINING_TIME = ("[[训练时间]]", "2023年")
 # Limits of what is taken for a tool call; anything larger is an answer in plain text.
 MAX_CALL_LENGTH = 100_000
 MAX_CALL_DEPTH = 32
+
+# ChatGLM-6B's ASCII punctuation next to Chinese characters, which its `chat` makes full-width.
+CHINESE_PUNCTUATION = re.compile("(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
+FULL_WIDTH = dict(zip(",!:;?", "，！：；？"))
+
+
+# How each generation's conversation reads as one string, for other programs and for people. Tags strip the white space
+# around them, so only what is inside `{{ }}` is written.
+CHAT_TEMPLATES = {
+    "chatglm": """{%- if tools %}
+    {{- raise_exception('ChatGLM-6B knows no tools') }}
+{%- endif %}
+{%- set first = 1 if messages[0]['role'] == 'system' else 0 %}
+{%- set is_single = messages | length - first <= 2 %}
+{%- for message in messages %}
+    {%- set turn = loop.index0 - first %}
+    {%- set content = message['content'] or '' %}
+    {%- if turn < 0 %}
+        {{- content + '\\n' if content }}
+    {%- elif message['role'] != ['user', 'assistant'][turn % 2] %}
+        {{- raise_exception('ChatGLM-6B writes rounds of one question and one answer') }}
+    {%- elif turn % 2 == 0 %}
+        {{- content if is_single else '[Round ' ~ (turn // 2) ~ ']\\n问：' ~ content ~ '\\n' }}
+        {{- '答：' if not is_single and (add_generation_prompt or not loop.last) }}
+        {{- '[gMASK]<sop>' if loop.last and add_generation_prompt }}
+    {%- elif not loop.last %}
+        {{- content + '\\n' }}
+    {%- elif add_generation_prompt %}
+        {{- raise_exception('The conversation ends with an answer, so there is nothing to answer') }}
+    {%- else %}
+        {{- '[gMASK]' }}
+        {%- generation %}{{ '<sop>' + content + '<eop>' }}{% endgeneration %}
+    {%- endif %}
+{%- endfor %}""",
+    "chatglm2": """[gMASK]sop
+{%- if tools %}
+    {{- raise_exception('ChatGLM2 knows no tools') }}
+{%- endif %}
+{%- set first = 1 if messages[0]['role'] == 'system' else 0 %}
+{%- for message in messages %}
+    {%- set turn = loop.index0 - first %}
+    {%- set content = message['content'] or '' %}
+    {%- if turn < 0 %}
+        {{- content + '\\n\\n' if content }}
+    {%- elif message['role'] != ['user', 'assistant'][turn % 2] %}
+        {{- raise_exception('ChatGLM2 writes rounds of one question and one answer') }}
+    {%- elif turn % 2 == 0 %}
+        {{- '[Round ' ~ (turn // 2 + 1) ~ ']\\n\\n问：' ~ content ~ '\\n\\n' }}
+        {{- '答：' if add_generation_prompt or not loop.last }}
+    {%- elif not loop.last %}
+        {%- generation %}{{ content }}{% endgeneration %}
+        {{- '\\n\\n' }}
+    {%- elif add_generation_prompt %}
+        {{- raise_exception('The conversation ends with an answer, so there is nothing to answer') }}
+    {%- else %}
+        {%- generation %}{{ content + '</s>' }}{% endgeneration %}
+    {%- endif %}
+{%- endfor %}""",
+    "chatglm3": """[gMASK]sop
+{%- if tools and tools[0]['function'] %}
+    {%- set tools = tools | map(attribute='function') | list %}
+{%- endif %}
+{%- if tools and messages[0]['role'] != 'system' %}
+    {{- '<|system|>\\n"""
+    + TOOLS_PROMPT
+    + """\\n' + tools | tojson(indent=4) }}
+{%- endif %}
+{%- for message in messages %}
+    {%- set role = 'observation' if message['role'] == 'tool' else message['role'] %}
+    {%- set content = message['content'] or '' %}
+    {%- if role not in ['system', 'user', 'assistant', 'observation'] %}
+        {{- raise_exception('Unknown role ' ~ role) }}
+    {%- elif role != 'assistant' %}
+        {%- set offered = message['tools'] if message['tools'] is defined else (tools if loop.first else none) %}
+        {{- '<|' + role + '|>' + (message['metadata'] or '') + '\\n' + content }}
+        {{- '\\n' + offered | tojson(indent=4) if role == 'system' and offered is not none }}
+    {%- else %}
+        {%- if content or not message['tool_calls'] %}
+            {{- '<|assistant|>' }}
+            {%- generation %}{{ (message['metadata'] or '') + '\\n' + content }}{% endgeneration %}
+        {%- endif %}
+        {%- for call in message['tool_calls'] or [] %}
+            {%- set function = call['function'] or call %}
+            {{- '<|assistant|>' }}
+            {%- generation %}
+                {{- function['name'] + '\\n```python\\ntool_call(' }}
+                {%- for name, value in function['arguments'].items() %}
+                    {{- name + '=' + '%r' | format(value) }}
+                    {{- ', ' if not loop.last }}
+                {%- endfor %}
+                {{- ')\\n```' }}
+            {%- endgeneration %}
+        {%- endfor %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' }}
+{%- elif messages[-1]['role'] == 'assistant' %}
+    {%- generation %}{{ '</s>' }}{% endgeneration %}
+{%- endif %}""",
+    "glm4": """[gMASK]<sop>
+{%- macro sections(offered) %}
+    {%- for tool in offered %}
+        {{- '\\n\\n## ' + tool['name'] + '\\n\\n' + tool | tojson(indent=4) + '"""
+    + GLM4_TOOL_NOTE.replace("\n", "\\n")
+    + """' }}
+    {%- endfor %}
+{%- endmacro %}
+{%- if tools and tools[0]['function'] %}
+    {%- set tools = tools | map(attribute='function') | list %}
+{%- endif %}
+{%- if tools and messages[0]['role'] != 'system' %}
+    {{- '<|system|>\\n"""
+    + (GLM4_TOOLS_PROMPT + GLM4_TOOLS_HEADING).replace("\n", "\\n")
+    + """' + sections(tools) }}
+{%- endif %}
+{%- for message in messages %}
+    {%- set role = 'observation' if message['role'] == 'tool' else message['role'] %}
+    {%- set content = message['content'] or '' %}
+    {%- if role not in ['system', 'user', 'assistant', 'observation'] %}
+        {{- raise_exception('Unknown role ' ~ role) }}
+    {%- elif role != 'assistant' %}
+        {{- '<|' + role + '|>' + (message['metadata'] or '') + '\\n' + content }}
+        {%- if role == 'system' and message['tools'] is defined %}
+            {{- sections(message['tools']) }}
+        {%- elif role == 'system' and loop.first and tools %}
+            {{- '"""
+    + GLM4_TOOLS_HEADING.replace("\n", "\\n")
+    + """' + sections(tools) }}
+        {%- endif %}
+    {%- else %}
+        {%- if content or not message['tool_calls'] %}
+            {{- '<|assistant|>' }}
+            {%- generation %}{{ (message['metadata'] or '') + '\\n' + content }}{% endgeneration %}
+        {%- endif %}
+        {%- for call in message['tool_calls'] or [] %}
+            {%- set function = call['function'] or call %}
+            {%- set arguments = function['arguments'] %}
+            {{- '<|assistant|>' }}
+            {%- generation %}
+                {{- function['name'] + '\\n' + (arguments if arguments is string else arguments | tojson) }}
+            {%- endgeneration %}
+        {%- endfor %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' }}
+{%- elif messages[-1]['role'] == 'assistant' %}
+    {%- generation %}{{ '<|endoftext|>' }}{% endgeneration %}
+{%- endif %}""",
+}
+
+# How the library's `parse_response` and its server read an answer; `read_answer` is the exact way.
+RESPONSE_TEMPLATES = {
+    "chatglm3": {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<|assistant|>",
+        "fields": {
+            "tool_calls": {
+                # No lookahead: the streaming parser would miss a delimiter that arrives in pieces.
+                "open_pattern": r"(?:^|<\|assistant\|>)\s*(?P<name>[^\s<`]+)[ ]*\n```\w*\n\s*tool_call\(",
+                "close_pattern": r"\s*```\s*",
+                "repeats": True,
+                "content": "xml-inline",
+                "content_args": {
+                    # Python writes 'text' where JSON writes "text": `string_delims` reads both.
+                    "tag_pattern": r"(?:^|,)\s*(?P<key>\w+)\s*=\s*(?P<value>'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+                    r"|\[[^\]]*\]|\{[^}]*\}|[^,()]+)",
+                    "value_parser": {
+                        "name": "json",
+                        "args": {"string_delims": [["'", "'"]], "allow_non_json": True},
+                    },
+                },
+                "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+            },
+            "content": {"close": ["<|user|>", "<|observation|>", "</s>"], "content": "text"},
+        },
+    },
+    "glm4": {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<|assistant|>",
+        "fields": {
+            "tool_calls": {
+                "open_pattern": r"(?:^|<\|assistant\|>|(?<=<\|assistant\|>))\s*(?P<name>[^\s<{]+)[ ]*\n\s*\{",
+                "close_pattern": r"\s*(?:<\|assistant\|>|<\|user\|>|<\|observation\|>|<\|endoftext\|>)",
+                "repeats": True,
+                # The brace that told a call from a text is gone, so what is in it is read pair by pair.
+                "content": "xml-inline",
+                "content_args": {
+                    "tag_pattern": r"\"(?P<key>(?:[^\"\\]|\\.)*)\"\s*:\s*(?P<value>\"(?:[^\"\\]|\\.)*\""
+                    r"|(?P<nest>[\[{](?:[^\[\]{}\"]|\"(?:[^\"\\]|\\.)*\"|(?&nest))*[\]}])|[^\s,}]+)",
+                    "value_parser": {"name": "json", "args": {"allow_non_json": True}},
+                },
+                "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+            },
+            "content": {"close": ["<|user|>", "<|observation|>", "<|endoftext|>"], "content": "text"},
+        },
+    },
+}
 
 
 class Segment(NamedTuple):
@@ -97,7 +310,7 @@ def normalize_messages(history: Sequence[Any] | None, model_version: str) -> lis
     messages: list[Message] = []
     for index, item in enumerate(history):
         if isinstance(item, Mapping):
-            messages += _normalize_message(item, f"messages[{index}]")
+            messages += _normalize_message(item, f"messages[{index}]", model_version)
         elif isinstance(item, (list, tuple)) and len(item) == 2 and all(isinstance(text, str) for text in item):
             messages.append({"role": "user", "content": item[0]})
             messages.append({"role": "assistant", "metadata": "", "content": item[1]})
@@ -109,12 +322,13 @@ def normalize_messages(history: Sequence[Any] | None, model_version: str) -> lis
     return messages
 
 
-def add_tools(messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Message]:
+def add_tools(messages: Sequence[Message], tools: Sequence[Any] | None, model_version: str) -> list[Message]:
     """Offer `tools` in the system message of a normalized conversation, which is added where there is none.
 
     Args:
         messages: what `normalize_messages` returns; left as it is.
         tools: descriptions of functions, in OpenAI's form or bare; `None` for no tools.
+        model_version: the generation, which has its own words for what comes next.
 
     Raises:
         TypeError: if `tools` is not a list of dicts.
@@ -123,32 +337,37 @@ def add_tools(messages: Sequence[Message], tools: Sequence[Any] | None) -> list[
     messages = list(messages)
     if tools is None:
         return messages
-    system = {"role": "system", "content": TOOLS_PROMPT}
+    # CODEPATH: glm4 has a heading above the tools; chatglm3 has none, the others refuse tools later.
+    is_glm4 = model_version == "glm4"
+    system = {"role": "system", "content": GLM4_TOOLS_PROMPT if is_glm4 else TOOLS_PROMPT}
     if messages and messages[0]["role"] == "system":
         system = messages.pop(0)
         if "tools" in system:
             raise ValueError("Tools were given twice: in the system message and as `tools`. Give them once.")
-    return [{**system, "tools": _normalize_tools(tools, "`tools`")}, *messages]
+    content = system["content"] + (GLM4_TOOLS_HEADING if is_glm4 else "")
+    return [{**system, "content": content, "tools": _normalize_tools(tools, "`tools`")}, *messages]
 
 
 def conversation_segments(
     messages: Sequence[Message], model_version: str, add_generation_prompt: bool = True
 ) -> list[Segment]:
-    """Write a conversation down, without the `[gMASK] sop` that every encoding starts with.
+    """Write a conversation down, without the `[gMASK] sop` that every encoding but ChatGLM-6B's starts with.
 
     Args:
         messages: what `normalize_messages` returns.
         model_version: the generation.
-        add_generation_prompt: end with what asks for an answer. Otherwise an answer at the end is closed by `</s>`.
+        add_generation_prompt: end with what asks for an answer. Otherwise an answer at the end is closed by the end
+            token of the generation.
 
     Raises:
-        ValueError: for a conversation that the generation has no form for (ChatGLM2: tools, roles out of order).
+        ValueError: for a conversation that the generation has no form for (ChatGLM-6B and ChatGLM2: tools, roles out
+            of order; GLM-4: tools without a name).
     """
     _check_model_version(model_version)
-    # CODEPATH: chatglm2 has rounds; chatglm3 takes the role tokens.
-    if model_version == "chatglm2":
-        return _round_segments(messages, add_generation_prompt)
-    return _role_segments(messages, add_generation_prompt)
+    # CODEPATH: chatglm and chatglm2 have rounds; chatglm3 and glm4 have role tokens.
+    if model_version in ROUND_FORMS:
+        return _round_segments(messages, model_version, add_generation_prompt)
+    return _role_segments(messages, model_version, add_generation_prompt)
 
 
 def read_answer(
@@ -166,9 +385,12 @@ def read_answer(
         call `{"name", "parameters"}` if tools were offered and `{"name", "content"}` if not (code interpreter). An
         answer of several parts gives one message each; the response is the last one's.
     """
-    # CODEPATH: chatglm2 answers are text; chatglm3 ones have metadata.
-    if model_version == "chatglm2":
+    # CODEPATH: answers of chatglm and chatglm2 are text; those of chatglm3 and glm4 have metadata.
+    if model_version in ROUND_FORMS:
         response = text.strip().replace(*TRAINING_TIME)
+        # CODEPATH: chatglm mixes the punctuation of two scripts; the others take the answer as it is.
+        if model_version == "chatglm":
+            response = CHINESE_PUNCTUATION.sub(lambda match: FULL_WIDTH[match[0]], response)
         return response, [{"role": "assistant", "content": response}]
     has_tools = any(message["role"] == "system" and "tools" in message for message in messages)
     response: str | dict[str, Any] = ""
@@ -194,12 +416,12 @@ def native_history(messages: Sequence[Message], model_version: str) -> list[Any]
     """Give a normalized conversation the form that the published `chat` of the generation returns.
 
     Returns:
-        ChatGLM2: `(question, answer)` pairs, unless there is a system message or an open question, which pairs
-        cannot hold. Otherwise message dicts.
+        ChatGLM-6B and ChatGLM2: `(question, answer)` pairs, unless there is a system message or an open question,
+        which pairs cannot hold. Otherwise message dicts.
     """
     roles = [message["role"] for message in messages]
-    # CODEPATH: chatglm2 has pairs; chatglm3 has dicts.
-    if model_version == "chatglm2" and roles == ["user", "assistant"] * (len(roles) // 2):
+    # CODEPATH: chatglm and chatglm2 have pairs; chatglm3 and glm4 have dicts.
+    if model_version in ROUND_FORMS and roles == ["user", "assistant"] * (len(roles) // 2):
         return [(question["content"], answer["content"]) for question, answer in _pairs(messages)]
     return copy.deepcopy(list(messages))
 
@@ -226,12 +448,13 @@ def parse_tool_call(text: str) -> dict[str, Any] | None:
     return None
 
 
-def format_tool_call(name: str, arguments: Mapping[str, Any] | str) -> Message:
-    """Write a call as the assistant message that ChatGLM3 was taught: the inverse of `parse_tool_call`.
+def format_tool_call(name: str, arguments: Mapping[str, Any] | str, model_version: str) -> Message:
+    """Write a call as the assistant message that the generation was taught: the inverse of `parse_tool_call`.
 
     Args:
         name: the function.
         arguments: its arguments, as a dict or as the JSON text that OpenAI's API uses.
+        model_version: `"glm4"` was taught JSON, ChatGLM3 Python.
 
     Raises:
         ValueError: if the JSON text is not an object.
@@ -243,6 +466,9 @@ def format_tool_call(name: str, arguments: Mapping[str, Any] | str) -> Message:
             raise ValueError(f"The arguments of the tool call {name!r} are not JSON: {error}.") from error
     if not isinstance(arguments, Mapping):
         raise ValueError(f"The arguments of the tool call {name!r} must be a dict, got {reprlib.repr(arguments)}.")
+    # CODEPATH: glm4 has JSON; chatglm3 has Python, and the others refuse calls later.
+    if model_version == "glm4":
+        return {"role": "assistant", "metadata": name, "content": json.dumps(arguments, ensure_ascii=False)}
     source = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     return {"role": "assistant", "metadata": name, "content": f"```python\ntool_call({source})\n```"}
 
@@ -266,7 +492,7 @@ def _check_model_version(model_version: str) -> None:
         raise ValueError(f"`model_version` must be one of {tuple(STOP_TOKENS)}, got {model_version!r}.")
 
 
-def _normalize_message(message: Mapping[str, Any], place: str) -> list[Message]:
+def _normalize_message(message: Mapping[str, Any], place: str, model_version: str) -> list[Message]:
     role = "observation" if message.get("role") == "tool" else message.get("role")
     if role not in ROLES:
         raise ValueError(f"{place} has the role {role!r}; the roles are {', '.join(ROLES)} and OpenAI's tool.")
@@ -292,7 +518,7 @@ def _normalize_message(message: Mapping[str, Any], place: str) -> list[Message]:
         function = call.get("function", call) if isinstance(call, Mapping) else {}
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ValueError(f"A tool call of {place} has no function name: {reprlib.repr(call)}.")
-        written.append(format_tool_call(function["name"], function.get("arguments") or {}))
+        written.append(format_tool_call(function["name"], function.get("arguments") or {}, model_version))
     return written
 
 
@@ -322,13 +548,13 @@ def _normalize_tools(tools: Any, place: str) -> list[dict[str, Any]]:
     return [copy.deepcopy(dict(tool.get("function", tool))) for tool in tools]
 
 
-def _role_segments(messages: Sequence[Message], add_generation_prompt: bool) -> list[Segment]:
+def _role_segments(messages: Sequence[Message], model_version: str, add_generation_prompt: bool) -> list[Segment]:
     segments = []
     was_answer = False
     for message in messages:
         content = message["content"]
         if message["role"] == "system" and "tools" in message:
-            content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
+            content += _tools_text(message["tools"], model_version)
         is_answer = message["role"] == "assistant"
         # The model itself writes the role token that ends its answer, so that token belongs to the answer.
         segments.append(Segment(f"<|{message['role']}|>", True, was_answer))
@@ -338,49 +564,72 @@ def _role_segments(messages: Sequence[Message], add_generation_prompt: bool) -> 
     if add_generation_prompt:
         segments.append(Segment("<|assistant|>", True, was_answer))
     elif was_answer:
-        segments.append(Segment("</s>", True, True))
+        segments.append(Segment(STOP_TOKENS[model_version][0], True, True))
     return segments
 
 
-def _round_segments(messages: Sequence[Message], add_generation_prompt: bool) -> list[Segment]:
+def _tools_text(tools: Sequence[dict[str, Any]], model_version: str) -> str:
+    # CODEPATH: chatglm3 has one list; glm4 has a section for each tool.
+    if model_version == "chatglm3":
+        return "\n" + json.dumps(tools, indent=4, ensure_ascii=False)
+    text = ""
+    for tool in tools:
+        if not isinstance(tool.get("name"), str):
+            raise ValueError(f"GLM-4 writes the name of a tool above it, and this one has none: {reprlib.repr(tool)}.")
+        text += f"\n\n## {tool['name']}\n\n{json.dumps(tool, indent=4, ensure_ascii=False)}{GLM4_TOOL_NOTE}"
+    return text
+
+
+def _round_segments(messages: Sequence[Message], model_version: str, add_generation_prompt: bool) -> list[Segment]:
+    first, newline = ROUND_FORMS[model_version]
+    is_chatglm_6b = model_version == "chatglm"
     system, rounds = _rounds(messages)
-    text = f"{system}\n\n" if system else ""
+    text = f"{system}{newline}" if system else ""
     spans = []
-    for number, (question, answer) in enumerate(rounds, start=1):
-        is_last = number == len(rounds)
-        text += f"[Round {number}]\n\n问：{question}\n\n"
+    for number, (question, answer) in enumerate(rounds, start=first):
+        is_last = number - first == len(rounds) - 1
+        # CODEPATH: chatglm asks its first question as it is; chatglm2 numbers it too.
+        if is_chatglm_6b and len(rounds) == 1:
+            text += question
+            continue
+        text += f"[Round {number}]{newline}问：{question}{newline}"
         if answer is not None or add_generation_prompt:
             text += "答："
         if answer is not None and not is_last:
             spans.append((len(text), len(text) + len(answer)))
-            text += f"{answer}\n\n"
-    segments = [Segment(text, False, False, tuple(spans))]
-    if rounds and (answer := rounds[-1][1]) is not None:
-        if add_generation_prompt:
-            raise ValueError(
-                "The conversation ends with an answer, so there is nothing to answer: end it with a user message, or "
-                "pass add_generation_prompt=False."
-            )
+            text += f"{answer}{newline}"
+    answer = rounds[-1][1] if rounds else None
+    if answer is not None and add_generation_prompt:
+        raise ValueError(
+            "The conversation ends with an answer, so there is nothing to answer: end it with a user message, or "
+            "pass add_generation_prompt=False."
+        )
+    # CODEPATH: chatglm2 can learn every answer; chatglm sees those in its context from both sides.
+    segments = [Segment(text, False, False, () if is_chatglm_6b else tuple(spans))]
+    if is_chatglm_6b and (answer is not None or add_generation_prompt):
+        # The model learns to write `<sop>` as well, as the published fine-tuning script has it.
+        segments += [Segment("[gMASK]", True), Segment("<sop>", True, answer is not None)]
+    if answer is not None:
         # The published fine-tuning script encodes the answer to learn on its own, behind the prompt.
-        segments += [Segment(answer, False, True), Segment("</s>", True, True)]
+        segments += [Segment(answer, False, True), Segment(STOP_TOKENS[model_version][0], True, True)]
     return segments
 
 
 def _rounds(messages: Sequence[Message]) -> tuple[str, list[tuple[str, str | None]]]:
-    """Split a ChatGLM2 conversation into the system text and `(question, answer)` rounds, the last maybe open."""
+    """Split a conversation without roles into the system text and `(question, answer)` rounds, the last maybe open."""
     messages = list(messages)
     system = messages.pop(0) if messages and messages[0]["role"] == "system" else {"content": ""}
     for index, message in enumerate(messages):
         if message["role"] not in ("user", "assistant") or message.get("metadata") or "tools" in system:
             raise ValueError(
-                "ChatGLM2 knows no tools: neither `tools`, nor observations, nor answers with metadata. "
+                "This generation knows no tools: neither `tools`, nor observations, nor answers with metadata. "
                 f"Got {reprlib.repr(message if 'tools' not in system else system)}."
             )
         expected = ("user", "assistant")[index % 2]
         if message["role"] != expected:
             raise ValueError(
-                f"ChatGLM2 writes rounds of one question and one answer, so {expected!r} must come where the role "
-                f"{message['role']!r} stands: {reprlib.repr(message['content'])}. Join neighbours into one message."
+                f"This generation writes rounds of one question and one answer, so {expected!r} must come where the "
+                f"role {message['role']!r} stands: {reprlib.repr(message['content'])}. Join neighbours into one message."
             )
     return system["content"], [
         (question["content"], None if answer is None else answer["content"]) for question, answer in _pairs(messages)
@@ -436,6 +685,8 @@ def _is_literal(kind: int, word: str, previous: str, depth: int) -> bool:
 
 
 __all__ = [
+    "CHAT_TEMPLATES",
+    "RESPONSE_TEMPLATES",
     "ROLES",
     "STOP_TOKENS",
     "TOOLS_PROMPT",

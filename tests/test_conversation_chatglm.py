@@ -59,7 +59,7 @@ def test_it_imports_nothing_but_the_standard_library(conversation: ModuleType) -
     tree = ast.parse(Path(conversation.__file__).read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    assert imported == {"ast", "collections.abc", "copy", "io", "json", "reprlib", "tokenize", "typing"}
+    assert imported == {"ast", "collections.abc", "copy", "io", "json", "re", "reprlib", "tokenize", "typing"}
 
 
 # Forms of a conversation
@@ -113,14 +113,14 @@ def test_nothing_of_the_caller_is_changed_or_shared(conversation: ModuleType) ->
     conversation.conversation_segments(normalized, "chatglm3")
     normalized[0]["tools"][0]["parameters"]["type"] = "changed"
     normalized[1]["note"].append("changed")
-    conversation.add_tools(normalized[1:], [WEATHER])[0]["tools"][0]["parameters"]["type"] = "changed"
+    conversation.add_tools(normalized[1:], [WEATHER], "chatglm3")[0]["tools"][0]["parameters"]["type"] = "changed"
     conversation.native_history(normalized, "chatglm3")[1]["note"].append("changed")
     assert messages == before
     assert normalized[1]["note"] == ["mine", "changed"]
     assert WEATHER["parameters"]["type"] == "object"
 
 
-@pytest.mark.parametrize("version", ["chatglm2", "chatglm3"])
+@pytest.mark.parametrize("version", ["chatglm", "chatglm2", "chatglm3", "glm4"])
 def test_normalizing_twice_changes_nothing(conversation: ModuleType, version: str) -> None:
     once = conversation.normalize_messages(
         [
@@ -175,15 +175,18 @@ def test_an_unknown_generation_is_named(conversation: ModuleType) -> None:
 def test_tools_join_the_system_message(conversation: ModuleType) -> None:
     user = {"role": "user", "content": "q"}
     system = {"role": "system", "content": "s"}
-    assert conversation.add_tools([user], None) == [user]
-    assert conversation.add_tools([system, user], [OPENAI_WEATHER]) == [{**system, "tools": [WEATHER]}, user]
-    made = conversation.add_tools([user], [WEATHER])
+    assert conversation.add_tools([user], None, "chatglm3") == [user]
+    assert conversation.add_tools([system, user], [OPENAI_WEATHER], "chatglm3") == [
+        {**system, "tools": [WEATHER]},
+        user,
+    ]
+    made = conversation.add_tools([user], [WEATHER], "chatglm3")
     assert made == [{"role": "system", "content": conversation.TOOLS_PROMPT, "tools": [WEATHER]}, user]
     assert system == {"role": "system", "content": "s"}
     with pytest.raises(ValueError, match="given twice"):
-        conversation.add_tools(made, [WEATHER])
+        conversation.add_tools(made, [WEATHER], "chatglm3")
     with pytest.raises(TypeError, match="must be a list"):
-        conversation.add_tools([user], WEATHER)
+        conversation.add_tools([user], WEATHER, "chatglm3")
 
 
 # Writing a conversation down
@@ -253,26 +256,71 @@ def test_the_last_answer_of_chatglm2_is_encoded_on_its_own(conversation: ModuleT
         ([("q", "a")], "nothing to answer"),
     ],
 )
-def test_what_chatglm2_cannot_write_is_refused(conversation: ModuleType, messages: list[Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        conversation.conversation_segments(conversation.normalize_messages(messages, "chatglm2"), "chatglm2")
+def test_what_rounds_cannot_hold_is_refused(conversation: ModuleType, messages: list[Any], message: str) -> None:
+    for version in ("chatglm", "chatglm2"):
+        with pytest.raises(ValueError, match=message):
+            conversation.conversation_segments(conversation.normalize_messages(messages, version), version)
+
+
+def test_rounds_of_chatglm_6b(written: Callable[..., str]) -> None:
+    history = [("q", "a"), ("", "")]
+    query = {"role": "user", "content": "r"}
+    rounds = "[Round 0]\n问：q\n答：a\n[Round 1]\n问：\n答：\n[Round 2]\n问：r\n"
+    assert written([query], "chatglm") == "r[gMASK]<sop>"
+    assert written([query], "chatglm", False) == "r"
+    assert written([*history, query], "chatglm") == rounds + "答：[gMASK]<sop>"
+    assert written([*history, query], "chatglm", False) == rounds
+    # Only the last answer counts: the model sees the ones before it from both sides.
+    assert written([*history, ("r", "b")], "chatglm", False) == rounds + "答：[gMASK]{<sop>b<eop>}"
+    assert written(history[:1], "chatglm", False) == "q[gMASK]{<sop>a<eop>}"
+    assert written([{"role": "system", "content": "s"}, query], "chatglm") == "s\nr[gMASK]<sop>"
+
+
+def test_tools_of_glm4(conversation: ModuleType, written: Callable[..., str]) -> None:
+    user = {"role": "user", "content": "q"}
+    system = {"role": "system", "content": "s", "tools": [OPENAI_WEATHER, {"name": "查"}]}
+    note = "\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
+    sections = "".join(
+        f"\n\n## {tool['name']}\n\n{json.dumps(tool, indent=4, ensure_ascii=False)}{note}"
+        for tool in (WEATHER, {"name": "查"})
+    )
+    assert written([system, user], "glm4") == f"<|system|>\ns{sections}<|user|>\nq<|assistant|>"
+    offered = conversation.add_tools([{"role": "system", "content": "s"}, user], system["tools"], "glm4")
+    assert written(offered, "glm4") == f"<|system|>\ns\n\n# 可用工具{sections}<|user|>\nq<|assistant|>"
+    (made, _) = conversation.add_tools([user], [WEATHER], "glm4")
+    assert made["content"] == conversation.GLM4_TOOLS_PROMPT + "\n\n# 可用工具"
+    with pytest.raises(ValueError, match="writes the name of a tool above it.*'parameters'"):
+        written(conversation.add_tools([user], [{"parameters": {}}], "glm4"), "glm4")
+
+
+def test_answers_of_glm4_include_what_closes_them(written: Callable[..., str]) -> None:
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"城": "北京", "n": None}}}]},
+        {"role": "tool", "content": "o"},
+        {"role": "assistant", "content": "end"},
+    ]
+    call = 'f\n{"城": "北京", "n": null}'
+    head = f"<|user|>\nq<|assistant|>{{{call}<|observation|>}}\no<|assistant|>{{\nend<|endoftext|>}}"
+    assert written(messages, "glm4", False) == head
 
 
 # Reading an answer
 
 
-@pytest.mark.parametrize("name", ["chatglm2", "chatglm2-32k", "chatglm3", "chatglm3-32k"])
+@pytest.mark.parametrize("name", ["chatglm1", "chatglm2", "chatglm2-32k", "chatglm3", "chatglm3-32k", "glm4"])
 def test_recorded_prompts_and_histories(conversation: ModuleType, case: Callable[[str], Any], name: str) -> None:
-    version = name.split("-")[0]
+    version = "chatglm" if name == "chatglm1" else name.split("-")[0]
     turns = [turn for section in case(name).expected["chat"].values() for turn in section]
-    assert len(turns) >= 6
+    assert len(turns) >= 4
     for turn in turns:
         history = conversation.normalize_messages(turn["history"], version)
         native = conversation.native_history(history, version)
         assert [list(item) if isinstance(item, tuple) else item for item in native] == turn["history"]
         if prompt := turn.get("prompt"):
-            (segment,) = conversation.conversation_segments(history[:-1], version)
+            segment, *control = conversation.conversation_segments(history[:-1], version)
             assert segment.text == prompt
+            assert [token.text for token in control] == (["[gMASK]", "<sop>"] if version == "chatglm" else [])
 
 
 def test_an_answer_of_chatglm2_is_text(conversation: ModuleType) -> None:
@@ -282,6 +330,37 @@ def test_an_answer_of_chatglm2_is_text(conversation: ModuleType) -> None:
     response, new = conversation.read_answer(text, messages, "chatglm2")
     assert (response, new) == (answer, [{"role": "assistant", "content": answer}])
     assert conversation.native_history(messages + new, "chatglm2") == [("q", answer)]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (" 训练于[[训练时间]]。\n", "训练于2023年。"),
+        ("你好,世界!好:是;吗?", "你好，世界！好：是；吗？"),
+        ("a,b c:d 1,2", "a,b c:d 1,2"),
+        ("a,中 中,a (中)? 中.", "a，中 中，a (中)? 中."),
+        ("中,,文 ?!中", "中，，文 ?！中"),
+        ("中，!，文 ー! 한,", "中，!，文 ー! 한,"),
+    ],
+)
+def test_answers_of_chatglm_6b(conversation: ModuleType, text: str, answer: str) -> None:
+    response, new = conversation.read_answer(text, [{"role": "user", "content": "q"}], "chatglm")
+    assert (response, new) == (answer, [{"role": "assistant", "content": answer}])
+    assert conversation.native_history([{"role": "user", "content": "q"}, *new], "chatglm") == [("q", answer)]
+
+
+def test_calls_of_glm4_are_json(conversation: ModuleType) -> None:
+    offered = [{"role": "system", "content": "s", "tools": [WEATHER]}, {"role": "user", "content": "q"}]
+    text = '\n我查。<|assistant|>get_weather\n{"city": "北京", "deep": {"a": [1, null]}}'
+    call = {"city": "北京", "deep": {"a": [1, None]}}
+    response, new = conversation.read_answer(text, offered, "glm4")
+    assert response == {"name": "get_weather", "parameters": call}
+    assert [message["metadata"] for message in new] == ["", "get_weather"]
+    function = {"name": "get_weather", "arguments": call}
+    assert conversation.openai_tool_calls(new) == [{"type": "function", "function": function}]
+    assert conversation.native_history(new, "glm4") == new
+    assert conversation.read_answer("f\n{'a': 1}", offered, "glm4")[0] == "f\n{'a': 1}"
+    assert conversation.read_answer("python\n1+1", [], "glm4")[0] == {"name": "python", "content": "1+1"}
 
 
 def test_pairs_that_would_lose_a_message_stay_dicts(conversation: ModuleType) -> None:
@@ -440,12 +519,13 @@ def test_calls_are_written_as_they_are_read(conversation: ModuleType) -> None:
     for _ in range(500):
         arguments = {name: value(0) for name in generator.sample(["city", "from", "城市", "_x"], k=2)}
         for given in (arguments, json.dumps(arguments)):
-            message = conversation.format_tool_call("f", given)
-            assert message["metadata"] == "f"
-            assert conversation.parse_tool_call(message["content"]) == arguments
+            for version in ("chatglm3", "glm4"):
+                message = conversation.format_tool_call("f", given, version)
+                assert message["metadata"] == "f"
+                assert conversation.parse_tool_call(message["content"]) == arguments
 
 
-@pytest.mark.parametrize("version", ["chatglm2", "chatglm3"])
+@pytest.mark.parametrize("version", ["chatglm", "chatglm2", "chatglm3", "glm4"])
 def test_no_answer_raises(conversation: ModuleType, version: str) -> None:
     generator = random.Random(1)
     parts = ["\n", "<|assistant|>", "tool_call(", ")", "a=", "'", "```python\n", "```", "北京", " ", "{", '"', "f"]

