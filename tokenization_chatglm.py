@@ -621,6 +621,12 @@ class ChatGLMTokenizersBackend(ConversationMixin, TokenizersBackend):
             encoded.update(BatchEncoding(columns, tensor_type=return_tensors))
         return encoded
 
+    def train_new_from_iterator(self, *args: Any, **kwargs: Any) -> "ChatGLMTokenizersBackend":
+        """Train another vocabulary, as the library does; `tokenizer.json` is then the only file that has it."""
+        trained = super().train_new_from_iterator(*args, **kwargs)
+        trained.vocab_file = trained.init_kwargs["vocab_file"] = None
+        return trained
+
     def save_vocabulary(self, save_directory: str | Path, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Copy `tokenizer.model`, if it is still where the tokenizer was made from it."""
         return super().save_vocabulary(str(save_directory), filename_prefix) if self.can_save_slow_tokenizer else ()

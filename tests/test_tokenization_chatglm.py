@@ -470,6 +470,15 @@ def test_saving_without_the_published_file(fresh: Callable[..., Any], tmp_path: 
     same(AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True), tokenizer)
 
 
+def test_another_vocabulary_is_saved_and_not_the_old_one(case_folder: Any, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(case_folder("chatglm3"), trust_remote_code=True)
+    trained = tokenizer.train_new_from_iterator(["你好 hello world"] * 20, 300)
+    trained.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    assert not (tmp_path / "tokenizer.model").exists()
+    assert len(again) == len(trained) != len(tokenizer)
+
+
 def test_uploading_saves_everything(
     fresh: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
