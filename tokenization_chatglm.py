@@ -1010,7 +1010,8 @@ class ChatGLM6BTokenizer(ConversationMixin, PythonBackend):
         return_attention_mask: bool | None = None,
         **kwargs: Any,
     ) -> BatchEncoding:
-        # A mask grows with the square of a text, so lists that nothing pads come without one, as published.
+        # A private hook (Transformers 5.17 to 5.23): the public call has no say once a default mask is made. That mask
+        # grows with the square of a text, so lists that nothing pads come without one, as published.
         if return_attention_mask is None:
             return_attention_mask = return_tensors is not None or padding_strategy != PaddingStrategy.DO_NOT_PAD
         return super()._encode_plus(
