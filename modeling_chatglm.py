@@ -30,6 +30,7 @@ What is unusual here:
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -430,6 +431,23 @@ def make_mask(
     )
 
 
+def tie_last_hidden_state(forward: Callable) -> Callable:
+    """Make the last of the hidden states the normed one where `config.tie_last_hidden_states` says so.
+
+    Newer versions of the library than 5.17 do this in `capture_outputs`.
+    """
+
+    @wraps(forward)
+    def wrapper(self: "ChatGLMModel", *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
+        outputs = forward(self, *args, return_dict=True, **kwargs)
+        # CODEPATH: chatglm-6b; the others return the output of the last layer.
+        if self.config.tie_last_hidden_states and outputs.hidden_states is not None:
+            outputs.hidden_states = (*outputs.hidden_states[:-1], outputs.last_hidden_state)
+        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+
+    return wrapper
+
+
 @auto_docstring
 class ChatGLMPreTrainedModel(PreTrainedModel):
     config: ChatGLMConfig
@@ -563,6 +581,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             )
         return position_ids, token_type_ids
 
+    @tie_last_hidden_state
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring(

@@ -15,12 +15,12 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
@@ -190,6 +190,6 @@ def test_an_older_library_is_named_with_the_remedy(
     source: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = source("configuration_chatglm")
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.6")
     with pytest.raises(ImportError, match=r"5\.17.*4\.57\.6.*pip install"):
         exec(compile(Path(module.__file__).read_text(encoding="utf-8"), module.__file__, "exec"), {})
