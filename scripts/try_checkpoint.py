@@ -1,0 +1,109 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tries a checkpoint folder as it would be with new files, in a temporary place: does it load, do the weights fit?"""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from folder_switch import UpgradeError
+from recognise_checkpoint import Checkpoint
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+
+ROUND_TRIP = "Hello, 你好 42"
+
+
+@contextmanager
+def assembled(folder: Path, contents: Mapping[str, bytes | Path]) -> Iterator[Path]:
+    """A temporary folder that looks like the checkpoint will look."""
+    with tempfile.TemporaryDirectory(prefix="chatglm-upgrade-") as temporary:
+        trial = Path(temporary) / "checkpoint"
+        trial.mkdir()
+        for name in {path.name for path in folder.iterdir()} - contents.keys():
+            os.symlink(folder / name, trial / name)
+        for name, content in contents.items():
+            if isinstance(content, Path):
+                os.symlink(content, trial / name)
+            else:
+                (trial / name).write_bytes(content)
+        yield trial
+
+
+def try_loading(checkpoint: Checkpoint, contents: Mapping[str, bytes | Path]) -> tuple[Any, str]:
+    """Load the folder as it will be: tokenizer round trip, names and shapes of the weights, one forward without values.
+
+    Returns:
+        The tokenizer, and what was found in words.
+
+    Raises:
+        UpgradeError: with what the code says if it does not load.
+    """
+    is_classifier = "Classification" in str(checkpoint.config.get("architectures"))
+    auto_class = AutoModelForSequenceClassification if is_classifier else AutoModel
+    had_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    options = {"trust_remote_code": True, "local_files_only": True}
+    try:
+        with assembled(checkpoint.folder, contents) as trial:
+            tokenizer = AutoTokenizer.from_pretrained(trial, **options)
+            ids = tokenizer.encode(ROUND_TRIP, add_special_tokens=False)
+            if tokenizer.decode(ids).strip() != ROUND_TRIP:
+                raise ValueError(f"the tokenizer turns {ROUND_TRIP!r} into {tokenizer.decode(ids)!r}")
+            if checkpoint.weights:
+                model, info = auto_class.from_pretrained(
+                    trial, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **options
+                )
+                fit = compare_weights(info)
+            else:
+                with torch.device("meta"):
+                    model = auto_class.from_config(
+                        AutoConfig.from_pretrained(trial, **options), trust_remote_code=True
+                    )
+                fit = "no weights in the folder to compare"
+            model.eval()(input_ids=torch.tensor([tokenizer.encode(ROUND_TRIP)], device="meta"))
+    except Exception as error:  # The remote code may raise anything, and all of it means: does not load.
+        # The message may name the temporary folder, and have several lines.
+        message = " ".join(re.sub(r"\S*/chatglm-upgrade-\w+/checkpoint", str(checkpoint.folder), str(error)).split())
+        raise UpgradeError(
+            f"with the new files the folder does not load: {message} ({type(error).__name__})"
+        ) from error
+    finally:
+        if had_bar:
+            logging.enable_progress_bar()
+    return tokenizer, f"tokenizer round trip, {fit}, one forward on the meta device"
+
+
+def compare_weights(info: Mapping[str, Any]) -> str:
+    """See that the stored tensors are those of the model, by name and shape."""
+    # The prefix of P-tuning v2 comes from a file of its own.
+    missing = sorted(key for key in info["missing_keys"] if "prefix_encoder" not in key)
+    unexpected = sorted(info["unexpected_keys"])
+    if any(key.endswith("weight_scale") for key in unexpected):
+        raise ValueError("the weights are quantized, but config.json has no quantization_bit; add it, 8 or 4")
+    for keys, fault in ((missing, "weights are missing"), (unexpected, "weights are not known")):
+        if keys:
+            raise ValueError(f"{len(keys)} {fault}, such as {keys[0]}")
+    if info["mismatched_keys"]:
+        raise ValueError(f"a weight has another shape than config.json says: {min(info['mismatched_keys'])}")
+    return "names and shapes of the weights"
+
+
+__all__ = ["try_loading"]
