@@ -28,17 +28,20 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["chatglm2", "chatglm3"])
+# What the README says of a section, and the generations it is for.
+ONLY_FOR = {'"tools"': ("chatglm3", "glm4"), "prefill_chunk_size": ("chatglm2", "chatglm3", "glm4")}
+
+
+@pytest.mark.parametrize("name", ["chatglm1", "chatglm2", "chatglm3", "glm4"])
 def test_every_snippet_runs(
     case_folder: Callable[[str], Path], case_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     # The random weights of the case would chat on for thousands of tokens.
     generation = importlib.import_module(type(case_model(name)).chat.__module__)
-    monkeypatch.setitem(generation.CHAT_DEFAULTS[name], "max_new_tokens", 24)
+    monkeypatch.setitem(generation.CHAT_DEFAULTS[case_model(name).config.model_version], "max_new_tokens", 24)
     namespace: dict[str, Any] = {}
     for snippet in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
-        # The section on tools is for ChatGLM3 only.
-        if name == "chatglm3" or '"tools"' not in snippet:
+        if all(name in names for word, names in ONLY_FOR.items() if word in snippet):
             snippet = snippet.replace("/path/to/chatglm3-6b", str(case_folder(name)))
             exec(compile(snippet, "README.md", "exec"), namespace)
     assert {"response", "history", "cache", "responses", "output"} <= namespace.keys()
