@@ -57,7 +57,7 @@ VERSIONS = {
     "glm4": "glm4",
 }
 # The cases whose generation the code loads.
-LOADED = ["chatglm2", "chatglm2-32k", "chatglm3", "chatglm3-32k"]
+LOADED = ["chatglm1", "chatglm2", "chatglm2-32k", "chatglm3", "chatglm3-32k", "glm4"]
 STOP_IDS = {"chatglm1": 255, "chatglm2": 2, "chatglm3": [2, 486, 488], "glm4": [480, 487, 489]}
 
 OLD_CODE = {
@@ -75,7 +75,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 @pytest.fixture(scope="session")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `.py` files as they are now, whoever edits them during the run."""
+    """A copy of the `.py` files, so that an edit during the run changes nothing."""
     code = tmp_path_factory.mktemp("code")
     for source in REPOSITORY.glob("*.py"):
         shutil.copyfile(source, code / source.name)
