@@ -24,7 +24,7 @@ What is unusual here:
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from typing import Any
 
 import torch
@@ -349,39 +349,22 @@ class ChatGLMGenerationMixin(GenerationMixin):
         Raises:
             ValueError: for beams, several sequences of one prompt, and a `streamer`, which cannot be streamed.
         """
-        for name, allowed in (("streamer", None), ("num_beams", 1), ("num_return_sequences", 1)):
-            value = kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
-            if value not in (None, allowed):
-                raise ValueError(f"`{name}={value!r}` cannot be streamed; use `generate` or `chat`.")
+        self._check_streamable(generation_config or self.generation_config, kwargs)
         if return_past_key_values and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = DynamicCache(config=self.config)
         stopped = threading.Event()
         streamer = QueueStreamer()
-        # Both modes belong to a thread, and `generate` is about to run in another one than the caller's.
-        device_type = input_ids.device.type
-        autocast = torch.autocast(
-            device_type,
-            dtype=torch.get_autocast_dtype(device_type),
-            enabled=torch.is_autocast_enabled(device_type),
-        )
-        thread = threading.Thread(
-            target=self._generate_into,
-            args=(
-                streamer,
-                autocast,
-                torch.inference_mode(torch.is_inference_mode_enabled()),
-                {
-                    "inputs": input_ids,
-                    "generation_config": generation_config,
-                    "logits_processor": logits_processor,
-                    "stopping_criteria": StoppingCriteriaList([*(stopping_criteria or []), StopEvent(stopped)]),
-                    "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
-                    "streamer": streamer,
-                    **kwargs,
-                },
-            ),
-            daemon=True,
-        )
+        generate_kwargs = {
+            "inputs": input_ids,
+            "generation_config": generation_config,
+            "logits_processor": logits_processor,
+            "stopping_criteria": StoppingCriteriaList([*(stopping_criteria or []), StopEvent(stopped)]),
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+            **kwargs,
+            "streamer": streamer,
+        }
+        modes = self._modes_of_this_thread(input_ids.device.type)
+        thread = threading.Thread(target=self._generate_into, args=(streamer, modes, generate_kwargs), daemon=True)
         thread.start()
         try:
             while (item := streamer.queue.get()) is not None:
@@ -393,15 +376,28 @@ class ChatGLMGenerationMixin(GenerationMixin):
             stopped.set()
             thread.join()
 
+    @staticmethod
+    def _check_streamable(generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+        for name, allowed in (("streamer", None), ("num_beams", 1), ("num_return_sequences", 1)):
+            value = kwargs.get(name, getattr(generation_config, name, None))
+            if value not in (None, allowed):
+                raise ValueError(f"`{name}={value!r}` cannot be streamed; use `generate` or `chat`.")
+
+    @staticmethod
+    def _modes_of_this_thread(device_type: str) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Autocast and inference mode, which belong to a thread, for the one that `generate` is going to run in."""
+        is_autocast = torch.is_autocast_enabled(device_type)
+        autocast = torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), enabled=is_autocast)
+        return autocast, torch.inference_mode(torch.is_inference_mode_enabled())
+
     def _generate_into(
         self,
         streamer: QueueStreamer,
-        autocast: torch.autocast,
-        inference_mode: torch.inference_mode,
+        modes: tuple[AbstractContextManager, AbstractContextManager],
         generate_kwargs: dict[str, Any],
     ) -> None:
         try:
-            with inference_mode, autocast:
+            with modes[0], modes[1]:
                 self.generate(**generate_kwargs)
             streamer.queue.put(None)
         except BaseException as error:  # Whatever it is belongs to the caller, who waits at the queue.

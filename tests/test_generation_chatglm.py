@@ -463,7 +463,7 @@ def test_stream_generate_equals_generate(chatglm3: Pair) -> None:
     model, tokenizer = chatglm3
     inputs = tokenizer(["你好", "a longer text"], padding=True, return_tensors="pt")
     expected = model.generate(**inputs, **GREEDY)
-    steps = list(model.stream_generate(**inputs, **GREEDY))
+    steps = list(model.stream_generate(**inputs, streamer=None, **GREEDY))
     assert [step.shape[1] for step in steps] == list(range(inputs["input_ids"].shape[1] + 1, expected.shape[1] + 1))
     assert torch.equal(steps[-1], expected)
     for ids, cache in model.stream_generate(**inputs, return_past_key_values=True, **GREEDY):
