@@ -873,6 +873,15 @@ class TestRecognition:
         change(folder)
         assert recognise_checkpoint.recognise(folder, None).model_version == version
 
+    @pytest.mark.parametrize("version", ["chatglm2", "chatglm3"])
+    def test_code_copied_by_hand_tells_nothing(self, version: str, code: Path, published: Callable[..., Path]) -> None:
+        folder = published(version, name="folder")
+        shutil.copyfile(code / "tokenization_chatglm.py", folder / "tokenization_chatglm.py")
+        assert recognise_checkpoint.recognise(folder, None).model_version == version
+        edit_json(folder / "config.json", **UNNAMED)
+        with pytest.raises(folder_switch.UpgradeError, match="nothing tells ChatGLM2 from ChatGLM3"):
+            recognise_checkpoint.recognise(folder, None)
+
     @pytest.mark.parametrize("case", ["chatglm1", "glm4"])
     def test_by_the_vocabulary(self, case: str, published: Callable[..., Path]) -> None:
         folder = published(case, name="folder")
