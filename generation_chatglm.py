@@ -247,7 +247,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         output_ids = self.generate(input_ids, past_key_values=cache, **kwargs)[0].tolist()
         if cache is not None:
             cache.token_ids = output_ids[: cache.get_seq_length()]
-        answer = self._read(tokenizer, output_ids[len(prompt_ids) :], messages, kwargs["eos_token_id"])
+        answer = self._read(self._decode(tokenizer, output_ids[len(prompt_ids) :], kwargs["eos_token_id"]), messages)
         return (*answer, cache) if return_past_key_values else answer
 
     @torch.no_grad()
@@ -285,14 +285,14 @@ class ChatGLMGenerationMixin(GenerationMixin):
                     # Half a character shows as U+FFFD until its last byte arrives.
                     shown = text != "" and not text.endswith("\ufffd")
                     if shown:
-                        answer = self._read(tokenizer, new_ids, messages, stop_ids)
+                        answer = self._read(text, messages)
                         yield (*answer, cache) if return_past_key_values else answer
         finally:
             if cache is not None:
                 cache.token_ids = output_ids[: cache.get_seq_length()]
                 cache.is_busy = False
         if not shown:
-            answer = self._read(tokenizer, output_ids[len(prompt_ids) :], messages, stop_ids)
+            answer = self._read(self._decode(tokenizer, output_ids[len(prompt_ids) :], stop_ids), messages)
             yield (*answer, cache) if return_past_key_values else answer
 
     @torch.no_grad()
@@ -323,7 +323,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         kwargs = self._chat_kwargs(tokenizer, kwargs)
         output_ids = self.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **kwargs)
         answers = [
-            self._read(tokenizer, new_ids, messages, kwargs["eos_token_id"])
+            self._read(self._decode(tokenizer, new_ids, kwargs["eos_token_id"]), messages)
             for new_ids, messages in zip(output_ids[:, inputs["input_ids"].shape[1] :].tolist(), batch)
         ]
         return [response for response, _ in answers], [history for _, history in answers]
@@ -469,14 +469,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         stops = (index for index, token_id in enumerate(new_ids) if token_id in (stop_ids or ()))
         return tokenizer.decode(new_ids[: next(stops, None)], model_version=self.config.model_version)
 
-    def _read(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        new_ids: list[int],
-        messages: list[dict[str, Any]],
-        stop_ids: list[int] | None,
-    ) -> tuple[Any, History]:
-        text = self._decode(tokenizer, new_ids, stop_ids)
+    def _read(self, text: str, messages: list[dict[str, Any]]) -> tuple[Any, History]:
         response, new_messages = read_answer(text, messages, self.config.model_version)
         return response, native_history(messages + new_messages, self.config.model_version)
 

@@ -240,10 +240,10 @@ def test_full_graph_compile_equals_eager(tiny_model: ModelMaker, training: bool)
         return
     with torch.no_grad():
         expected = model(ids).logits
-        caches = [StaticCache(config=model.config, max_cache_len=16) for _ in range(2)]
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
-        model(ids[:, :-1], past_key_values=caches[0])
-        torch.testing.assert_close(compiled(ids[:, -1:], past_key_values=caches[0]).logits[:, 0], expected[:, -1])
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        model(ids[:, :-1], past_key_values=cache)
+        torch.testing.assert_close(compiled(ids[:, -1:], past_key_values=cache).logits[:, 0], expected[:, -1])
 
 
 @pytest.mark.compiler
