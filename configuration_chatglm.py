@@ -163,7 +163,7 @@ class ChatGLMConfig(PreTrainedConfig):
     gmask_token_id (`int`, *optional*):
         ChatGLM-6B: id of `[gMASK]`; by default three before `<sop>`.
     quantization_bit (`int`):
-        4 or 8 for a checkpoint with quantized weights, 0 otherwise.
+        4 or 8 for a checkpoint with quantized weights in the published format, 0 otherwise.
     pre_seq_len (`int`, *optional*):
         Number of virtual tokens of P-tuning v2 (https://arxiv.org/abs/2110.07602).
     prefix_projection (`bool`):
@@ -233,6 +233,8 @@ class ChatGLMConfig(PreTrainedConfig):
         self.model_version = infer_model_version({**kwargs, **own_keys}) or "chatglm3"
         for name in [name for name in kwargs if name in self.attribute_map]:
             setattr(self, name, kwargs.pop(name))
+        if self.quantization_bit and kwargs.get("quantization_config") is None:
+            kwargs["quantization_config"] = {"quant_method": "chatglm", "bits": self.quantization_bit}
         is_chatglm_6b = self.model_version == "chatglm"
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
@@ -319,9 +321,13 @@ class ChatGLMConfig(PreTrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is saved: the values under the published names of this generation."""
+        config_dict = super().to_diff_dict()
+        # The published code knows `quantization_bit` alone, and its library rejects any `quantization_config`.
+        if config_dict.get("quantization_bit"):
+            config_dict.pop("quantization_config", None)
         # CODEPATH: chatglm-6b; chatglm2, chatglm3 and glm4 take the else.
         published = CHATGLM_6B_PUBLISHED_KEYS if self.model_version == "chatglm" else PUBLISHED_KEYS
-        return {published.get(key, key): value for key, value in super().to_diff_dict().items()}
+        return {published.get(key, key): value for key, value in config_dict.items()}
 
 
 __all__ = ["ChatGLMConfig", "MODEL_VERSIONS", "infer_model_version"]

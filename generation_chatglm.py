@@ -64,11 +64,18 @@ def reduce_published_mask(attention_mask: torch.Tensor | None) -> torch.Tensor |
 class ConversationCache(DynamicCache):
     """A cache that knows which tokens it holds, so that the next turn can tell how much of it still applies."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, prefix_encoder: torch.nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.token_ids: list[int] = []
         # A stream that has not ended is still writing.
         self.is_busy = False
+        # Of P-tuning v2: what comes before all tokens.
+        self.prefix_encoder = prefix_encoder
+
+    def get_num_tokens(self) -> int:
+        """How many tokens it holds; a prefix of P-tuning v2 is no token."""
+        prefix_length = 0 if self.prefix_encoder is None else self.prefix_encoder.pre_seq_len
+        return max(self.get_seq_length() - prefix_length, 0)
 
     def keep_common_prefix(self, token_ids: list[int]) -> None:
         """Drop everything from the first token on that differs from `token_ids`, and always the last one of them."""
@@ -77,7 +84,7 @@ class ConversationCache(DynamicCache):
             if held != wanted:
                 break
             length += 1
-        self.crop(length - self.get_seq_length())
+        self.crop(length - self.get_num_tokens())
         self.token_ids = token_ids[:length]
 
 
@@ -174,12 +181,27 @@ class ChatGLMGenerationMixin(GenerationMixin):
             )
 
     def _check_prefix_support(self, generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
-        for name in ("cache_implementation", "prefill_chunk_size"):
-            value = kwargs.get(name, getattr(generation_config, name, None))
-            if value not in (None, "dynamic"):
-                raise ValueError(f"`{name}={value!r}` does not work with a P-tuning prefix (`pre_seq_len`) yet.")
-        if (cache := kwargs.get("past_key_values")) is not None and cache.is_initialized:
-            raise ValueError("`past_key_values` cannot be continued with a P-tuning prefix (`pre_seq_len`) yet.")
+        chunk_size = kwargs.get("prefill_chunk_size", generation_config.prefill_chunk_size)
+        cache = kwargs.get("past_key_values")
+        if chunk_size is not None and cache is not None and cache.is_initialized:
+            raise ValueError(
+                f"`prefill_chunk_size={chunk_size}` cannot continue `past_key_values` with a P-tuning prefix "
+                "(`pre_seq_len`), which the library would take for tokens. Leave one of the two out."
+            )
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        # A private hook (Transformers 5.17 to 5.23), where alone the length of a static cache is known.
+        max_cache_length += self.config.pre_seq_len or 0
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
 
     def _prepare_prefix_lm(self, generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
         kwargs["attention_mask"] = reduce_published_mask(kwargs.get("attention_mask"))
@@ -192,20 +214,23 @@ class ChatGLMGenerationMixin(GenerationMixin):
                 "can be computed before the whole is there."
             )
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Continuous batching, for the causal generations.
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching, for the causal generations; `generate_batch` begins with this.
 
         Raises:
             ValueError: for ChatGLM-6B, whose bidirectional context it would lose, and with a P-tuning prefix.
         """
         if self.config.pre_seq_len is not None:
-            raise ValueError("`generate_batch` does not work with a P-tuning prefix (`pre_seq_len`) yet.")
+            raise ValueError(
+                "`generate_batch` cannot be used with a P-tuning prefix (`pre_seq_len`): its paged cache starts every "
+                "request empty. Use `generate` with a padded batch, or `batch_chat`."
+            )
         if self.config.prefix_lm:
             raise ValueError(
                 "`generate_batch` cannot be used with ChatGLM-6B: its paged attention would drop the mask of the "
                 "bidirectional context silently. Use `generate` with a padded batch, or `batch_chat`."
             )
-        return super().generate_batch(*args, **kwargs)
+        return super().init_continuous_batching(*args, **kwargs)
 
     @torch.no_grad()
     def chat(
@@ -246,7 +271,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         input_ids = torch.tensor([prompt_ids], device=self._input_device())
         output_ids = self.generate(input_ids, past_key_values=cache, **kwargs)[0].tolist()
         if cache is not None:
-            cache.token_ids = output_ids[: cache.get_seq_length()]
+            cache.token_ids = output_ids[: cache.get_num_tokens()]
         answer = self._read(self._decode(tokenizer, output_ids[len(prompt_ids) :], kwargs["eos_token_id"]), messages)
         return (*answer, cache) if return_past_key_values else answer
 
@@ -289,7 +314,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
                         yield (*answer, cache) if return_past_key_values else answer
         finally:
             if cache is not None:
-                cache.token_ids = output_ids[: cache.get_seq_length()]
+                cache.token_ids = output_ids[: cache.get_num_tokens()]
                 cache.is_busy = False
         if not shown:
             answer = self._read(self._decode(tokenizer, output_ids[len(prompt_ids) :], stop_ids), messages)
@@ -419,8 +444,10 @@ class ChatGLMGenerationMixin(GenerationMixin):
     def _prepare_cache(
         self, past_key_values: ConversationCache | None, is_returned: bool, prompt_ids: list[int]
     ) -> ConversationCache | None:
+        prefix_encoder = self.base_model.prefix_encoder
+        new_cache = ConversationCache(config=self.config, prefix_encoder=prefix_encoder)
         if past_key_values is None:
-            return ConversationCache(config=self.config) if is_returned else None
+            return new_cache if is_returned else None
         if not hasattr(past_key_values, "keep_common_prefix"):
             raise TypeError(
                 "`past_key_values` must be the cache that `chat` or `stream_chat` returned, because it knows which "
@@ -428,10 +455,10 @@ class ChatGLMGenerationMixin(GenerationMixin):
             )
         if past_key_values.is_busy:
             raise ValueError("`past_key_values` belongs to a stream that has not ended; exhaust or close it first.")
-        if self.config.pre_seq_len is not None or self.config.prefix_lm:
-            # A P-tuning prefix is in the cache without being counted by the library, and a new question changes what
-            # the whole bidirectional context of ChatGLM-6B computes.
-            return ConversationCache(config=self.config)
+        if self.config.prefix_lm or past_key_values.prefix_encoder is not prefix_encoder:
+            # A new question changes what the whole bidirectional context of ChatGLM-6B computes, and another prefix
+            # what everything does.
+            return new_cache
         past_key_values.keep_common_prefix(prompt_ids)
         return past_key_values
 

@@ -25,20 +25,32 @@ What is unusual here:
 - ChatGLM-6B is a prefix language model. What stands before `<sop>` sees itself both ways. Its tokens have two
   positions, in the text and in the answer, and each turns one half of every head. Its residual starts from the output
   of the norm, scaled.
-- A prefix of P-tuning v2 is the initial content of the cache; real tokens still count from position 0.
+- A prefix of P-tuning v2 is the initial content of the cache; real tokens still count from position 0. Its weights stay
+  float32 whatever the model is loaded in.
 - A mask never hides everything from a query: padding positions get some attention instead of NaN.
 """
 
+import copy
+import filecmp
+import json
+import os
+import pickle
+import zipfile
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -54,12 +66,25 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_chatglm import ChatGLMConfig
 from .generation_chatglm import ChatGLMGenerationMixin, reduce_published_mask
+from .quantization import ChatGLMQuantizationMixin, init_quantized_linear
 
 
 logger = logging.get_logger(__name__)
 
 # Attention that takes any mask.
 PREFIX_LM_ATTENTION = ("sdpa", "eager", "flex_attention")
+
+# Where weights are in a folder, in the library's order, and what a prefix alone is saved as.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+PREFIX_FILES = ("prefix_encoder.safetensors", "prefix_encoder.bin")
+PREFIX_KEY = "prefix_encoder."
+# Layers x 2 x key/value heads x width of a head: what a prefix has for each of its tokens.
+PUBLISHED_PREFIX_WIDTHS = {229376: "ChatGLM-6B", 14336: "ChatGLM2-6B or ChatGLM3-6B", 20480: "GLM-4-9B"}
 
 
 class ChatGLMRMSNorm(nn.Module):
@@ -203,6 +228,10 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+# What the library's attention asks about its module when every head has its own keys and no query is hidden.
+FOLDED_HEADS = SimpleNamespace(num_key_value_groups=1, is_causal=False)
+
+
 class ChatGLMAttention(nn.Module):
     """Attention with one fused query/key/value projection."""
 
@@ -238,6 +267,7 @@ class ChatGLMAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query_states, key_states, value_states = self.split_heads(self.query_key_value(hidden_states))
@@ -246,12 +276,20 @@ class ChatGLMAttention(nn.Module):
 
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        elif prefix is not None:
+            key_states = torch.cat((prefix[0].to(key_states.dtype), key_states), dim=2)
+            value_states = torch.cat((prefix[1].to(value_states.dtype), value_states), dim=2)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        module = self
+        is_folded = attention_mask is None and self.is_better_folded(attention_interface, query_states)
+        if is_folded:
+            module = FOLDED_HEADS
+            query_states = query_states.view(key_states.shape[0], key_states.shape[1], -1, self.head_dim)
         attn_output, attn_weights = attention_interface(
-            self,
+            module,
             query_states,
             key_states,
             value_states,
@@ -260,7 +298,22 @@ class ChatGLMAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
+        if is_folded:
+            attn_output = attn_output.transpose(1, 2).flatten(1, 2).unsqueeze(1)  # [batch, 1, heads, head_dim]
         return self.dense(attn_output.flatten(2)), attn_weights
+
+    def is_better_folded(self, attention_interface: Callable, query_states: torch.Tensor) -> bool:
+        """Whether one query for each head is quicker as `[batch, kv_heads, groups, head_dim]`, without grouped heads.
+
+        For grouped heads torch's CPU kernel takes ten times as long (2.13).
+        """
+        return (
+            attention_interface is sdpa_attention_forward
+            and query_states.shape[2] == 1
+            and query_states.device.type == "cpu"
+            and self.num_key_value_groups > 1
+            and not torch.compiler.is_compiling()
+        )
 
 
 class ChatGLMBlock(GradientCheckpointingLayer):
@@ -285,6 +338,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
+        *prefix: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -296,6 +350,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
+            prefix=prefix or None,
             **kwargs,
         )
         hidden_states = self.add_residual(hidden_states, normed, attn_output)
@@ -312,9 +367,15 @@ class ChatGLMEncoder(nn.Module):
         # CODEPATH: every published checkpoint has the final norm; models trained without it take the else.
         self.final_layernorm = make_norm(config) if config.post_layer_norm else nn.Identity()
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        prefix: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        for layer_idx, layer in enumerate(self.layers):
+            # Reentrant checkpointing finds gradients of positional tensors only.
+            hidden_states = layer(hidden_states, *(prefix[layer_idx] if prefix is not None else ()), **kwargs)
         return self.final_layernorm(hidden_states)
 
 
@@ -330,11 +391,14 @@ class PrefixEncoder(nn.Module):
         self.prefix_projection = config.prefix_projection
         # CODEPATH: chatglm-6b projects from the hidden size; chatglm2, chatglm3 and glm4 from the size of the cache.
         embedding_size = config.hidden_size if config.prefix_projection and config.prefix_lm else kv_size
-        self.embedding = nn.Embedding(config.pre_seq_len, embedding_size)
+        # Steps of training are lost in the rounding of half precision. A dtype named here outlives `dtype` in loading.
+        self.embedding = nn.Embedding(config.pre_seq_len, embedding_size, dtype=torch.float32)
         if self.prefix_projection:
             # Their published keys are `trans.0` and `trans.2`.
             self.trans = nn.Sequential(  # trf-ignore: TRF036
-                nn.Linear(embedding_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, kv_size)
+                nn.Linear(embedding_size, config.hidden_size, dtype=torch.float32),
+                nn.Tanh(),
+                nn.Linear(config.hidden_size, kv_size, dtype=torch.float32),
             )
         self.dropout = nn.Dropout(0.1)
 
@@ -347,6 +411,141 @@ class PrefixEncoder(nn.Module):
         prefix = prefix.expand(batch_size, -1, -1, -1, -1, -1).permute(2, 3, 0, 4, 1, 5)
         # [layers, 2, batch, kv_heads, prefix, head_dim]; every row of the batch has a dropout mask of its own.
         return [(layer[0], layer[1]) for layer in self.dropout(prefix)]
+
+
+def read_prefix_file(file: Path) -> dict[str, torch.Tensor]:
+    """Read the prefix encoder out of a file of weights, `.safetensors`, a `.json` index of shards, or else PyTorch's.
+
+    Returns:
+        Its tensors, by their names in a [`PrefixEncoder`]; nothing if there is none in the file.
+
+    Raises:
+        OSError: if the file or a shard of it is not there.
+        ValueError: if it is not a file of weights. Nothing in it is executed.
+    """
+    try:
+        if file.suffix == ".json":
+            shards = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted({shard for key, shard in shards.items() if PREFIX_KEY in key})
+            return {name: tensor for shard in files for name, tensor in read_prefix_file(file.parent / shard).items()}
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as stored:
+                return {key.split(PREFIX_KEY)[1]: stored.get_tensor(key) for key in stored.keys() if PREFIX_KEY in key}
+        # Only what is used is read of a whole model. Files of old versions of PyTorch are not zipped.
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        return {key.split(PREFIX_KEY)[1]: tensor.clone() for key, tensor in stored.items() if PREFIX_KEY in key}
+    except (AttributeError, EOFError, KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{file} is not a file of weights: {error}") from error
+    except (SafetensorError, pickle.UnpicklingError) as error:
+        # What PyTorch says invites to execute whatever is in the file.
+        raise ValueError(f"{file} is not a file of weights, or is damaged or holds more than tensors.") from error
+
+
+def find_prefix(path: Path) -> dict[str, torch.Tensor]:
+    """Read the prefix encoder out of a file, or of the files in a folder that a prefix or a model is saved as.
+
+    Raises:
+        FileNotFoundError: if there is no such file or folder, or no weights in the folder.
+        ValueError: if there are weights, but none of a prefix encoder.
+    """
+    files = [path]
+    if path.is_dir():
+        files = [path / name for name in PREFIX_FILES + WEIGHT_FILES if (path / name).is_file()]
+    if not files or not path.exists():
+        what = f"has none of {PREFIX_FILES + WEIGHT_FILES}" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"There is no prefix to load: {path} {what}.")
+    for file in files:
+        if weights := read_prefix_file(file):
+            return weights
+    raise ValueError(
+        f"There is no prefix in {', '.join(map(str, files))}: no name of a weight holds `{PREFIX_KEY}`, as "
+        "`transformer.prefix_encoder.embedding.weight` does. Was it trained without `pre_seq_len`?"
+    )
+
+
+def make_prefix_encoder(config: ChatGLMConfig, weights: dict[str, torch.Tensor]) -> PrefixEncoder:
+    """Make the prefix encoder that some weights belong to, in float32 on the CPU; `config` is not changed.
+
+    Args:
+        config: of the model that is to take the prefix.
+        weights: by their names in a [`PrefixEncoder`]; their shapes tell its length and whether it has a projection.
+
+    Raises:
+        ValueError: if weights are missing or unknown, or were made for another model.
+    """
+    config = copy.copy(config)
+    config.prefix_projection = has_projection = any(name.startswith("trans.") for name in weights)
+    config.pre_seq_len = len(weights.get("embedding.weight", ()))
+    with torch.device("meta"):
+        encoder = PrefixEncoder(config)
+    shapes = {name: tuple(weight.shape) for name, weight in encoder.named_parameters()}
+    missing, unknown = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
+    if missing or unknown:
+        kind = "with" if has_projection else "without"
+        raise ValueError(
+            f"The weights of this prefix are incomplete or of another kind. A prefix {kind} `prefix_projection` consists "
+            f"of {sorted(shapes)}; missing: {missing or 'none'}, unknown: {unknown or 'none'}."
+        )
+    name, dim = ("trans.2.weight", 0) if has_projection else ("embedding.weight", -1)
+    found, wanted, hidden_size = weights[name].shape[dim], shapes[name][dim], config.hidden_size
+    if found != wanted:
+        origin = f" ({PUBLISHED_PREFIX_WIDTHS[found]})" if found in PUBLISHED_PREFIX_WIDTHS else ""
+        if found == hidden_size and not has_projection:
+            origin = " (the hidden size: is this the embedding of a prefix whose `trans` weights are missing?)"
+        raise ValueError(
+            f"This prefix was made for another model: it has {found} numbers for each virtual token{origin}, and this "
+            f"model takes {wanted} = {config.num_hidden_layers} layers x 2 x {config.num_key_value_heads} key/value heads "
+            f"x {config.head_dim}."
+        )
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            raise ValueError(
+                f"This prefix was made for another model: `{name}` is {tuple(weights[name].shape)}, and this model "
+                f"(hidden size {hidden_size}, prefix of {config.pre_seq_len}) takes {shape}."
+            )
+    encoder.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+    return encoder
+
+
+def check_stored_prefix(config: ChatGLMConfig, folder: Path) -> None:
+    """Compare the prefix in a checkpoint folder, if it has one, with the one that is asked for.
+
+    Raises:
+        ValueError: with both lengths, or both values of `prefix_projection`.
+    """
+    weights = next((read_prefix_file(folder / name) for name in WEIGHT_FILES if (folder / name).is_file()), {})
+    if "embedding.weight" not in weights:
+        return
+    stored = {
+        "pre_seq_len": len(weights["embedding.weight"]),
+        "prefix_projection": any(name.startswith("trans.") for name in weights),
+    }
+    for name, value in stored.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{folder} holds a trained prefix with `{name}={value}`, and `{name}={getattr(config, name)}` is asked "
+                "for. Ask for what is stored, or train a new prefix on a checkpoint without one."
+            )
+
+
+def free_backup(file: Path) -> Path:
+    """The first of NAME.bak, NAME.bak.1, ... that does not exist."""
+    backup, count = file.with_name(f"{file.name}.bak"), 0
+    while os.path.lexists(backup):
+        count += 1
+        backup = file.with_name(f"{file.name}.bak.{count}")
+    return backup
+
+
+def is_empty_cache(cache: Cache | None, num_new_tokens: int) -> bool:
+    """Whether a cache holds nothing yet, not even a prefix, `num_new_tokens` being about to come."""
+    if cache is None or not cache.is_initialized:
+        return True
+    length = cache.get_seq_length()
+    if not isinstance(length, torch.Tensor):
+        return length == 0
+    # A static cache that was reset. It counts on the device, which neither compiled code nor a single step is to wait for.
+    return num_new_tokens > 1 and not torch.compiler.is_compiling() and length.item() == 0
 
 
 def prefix_lm_positions(
@@ -449,7 +648,7 @@ def tie_last_hidden_state(forward: Callable) -> Callable:
 
 
 @auto_docstring
-class ChatGLMPreTrainedModel(PreTrainedModel):
+class ChatGLMPreTrainedModel(ChatGLMQuantizationMixin, PreTrainedModel):
     config: ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
@@ -478,17 +677,111 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         # Published training scripts pass it; Transformers 5 never fills weights that are about to be loaded.
         kwargs.pop("empty_init", None)
+        cls._check_prefix(*args, **kwargs)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # Loading replaces the parameters by new ones, which all require a gradient.
         model.freeze_untrained()
         return loaded
 
+    @classmethod
+    def _check_prefix(cls, path: Any = None, *args: Any, config: Any = None, **kwargs: Any) -> None:
+        # The library loads such a prefix in part, or says which shapes differ but not which setting does.
+        path = path or kwargs.get("pretrained_model_name_or_path") or ""
+        asked = {name: kwargs[name] for name in ("pre_seq_len", "prefix_projection") if name in kwargs}
+        if not os.path.isdir(path) or kwargs.get("ignore_mismatched_sizes"):
+            return
+        if not hasattr(config, "pre_seq_len"):
+            config = cls.config_class.from_pretrained(config or path, **asked)
+        # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
+        if config.pre_seq_len is not None:
+            check_stored_prefix(config, Path(path, kwargs.get("subfolder") or ""))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        prefix_encoder = self.base_model.prefix_encoder
+        # Not by its class, which may come from another checkpoint's copy of this code.
+        if hasattr(module, "weight_scale"):
+            init_quantized_linear(module, self.config.initializer_range)
+        elif prefix_encoder is not None and hasattr(module, "reset_parameters") and module in prefix_encoder.modules():
+            # As published, PyTorch's own: a standard normal embedding. Published learning rates are made for it; from
+            # `initializer_range` a prefix is learnt several times slower.
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
     def freeze_untrained(self) -> None:
         """Take the gradient off what training must not or cannot change: all but the prefix in P-tuning v2."""
         if (prefix_encoder := self.base_model.prefix_encoder) is not None:
             self.base_model.requires_grad_(False)
             prefix_encoder.requires_grad_(True)
+
+    def dequantize(self, *args: Any, **kwargs: Any) -> Any:
+        """Turn quantized weights back into floats; see [`ChatGLMQuantizationMixin`]."""
+        model = super().dequantize(*args, **kwargs)
+        self.freeze_untrained()
+        return model
+
+    def load_prefix_encoder(self, path: str | os.PathLike) -> None:
+        """Give the model a trained prefix of P-tuning v2, in place of the one it has; all else is frozen.
+
+        `pre_seq_len` and `prefix_projection` follow from the weights. A conversation starts its cache anew.
+
+        Args:
+            path: a file (`.safetensors`, PyTorch's `.bin`, or an index of shards) or a folder as `save_prefix_encoder`,
+                `save_pretrained` or the library's Trainer write it. Of a whole model, the prefix is taken.
+
+        Raises:
+            FileNotFoundError: if there is no such file or folder, or no weights in the folder.
+            ValueError: if there is no prefix in it, or it is incomplete or of another model. Nothing is changed then.
+        """
+        encoder = make_prefix_encoder(self.config, find_prefix(Path(path)))
+        # An embedding that is offloaded is on the meta device until it is used.
+        device = self.get_input_embeddings().weight.device
+        encoder.to("cpu" if device.type == "meta" else device).train(self.training)
+        self.base_model.prefix_encoder = encoder
+        self.config.pre_seq_len = encoder.pre_seq_len
+        self.config.prefix_projection = encoder.prefix_projection
+        self.freeze_untrained()
+
+    def save_prefix_encoder(self, path: str | os.PathLike) -> Path:
+        """Save the prefix alone, in float32 and under its published names (`transformer.prefix_encoder.*`).
+
+        A different file of that name becomes `NAME.bak`, or `NAME.bak.1`, ... if there is one.
+
+        Args:
+            path: a name that ends in `.safetensors` or `.bin` (PyTorch's format), or else a folder, which is made and
+                gets `prefix_encoder.safetensors`.
+
+        Returns:
+            The file.
+
+        Raises:
+            ValueError: if the model has no prefix, or a file is where the folder should be.
+        """
+        if (encoder := self.base_model.prefix_encoder) is None:
+            raise ValueError("This model has no prefix to save. Load it with `pre_seq_len=128`, say, and train it.")
+        path = Path(path)
+        file = path if path.suffix in (".safetensors", ".bin") else path / PREFIX_FILES[0]
+        if blocking := [str(folder) for folder in file.parents if folder.is_file()]:
+            raise ValueError(f"{blocking[0]} is a file. Give a folder, or a name that ends in .safetensors or .bin.")
+        weights = {
+            f"transformer.{PREFIX_KEY}{name}": weight.detach().float().cpu().contiguous()
+            for name, weight in encoder.named_parameters()
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_name(f"{file.name}.tmp-{os.getpid()}")
+        try:
+            if file.suffix == ".bin":
+                with new.open("wb") as stream:
+                    torch.save(weights, stream)
+            else:
+                save_file(weights, new, metadata={"format": "pt"})
+            if file.is_file() and not filecmp.cmp(new, file, shallow=False):
+                file.rename(free_backup(file))
+            new.replace(file)
+        finally:
+            new.unlink(missing_ok=True)
+        return file
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embedding.word_embeddings
@@ -510,11 +803,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
-        if config.quantization_bit:
-            raise ValueError(
-                f"`quantization_bit={config.quantization_bit}`: quantized checkpoints cannot be loaded yet. Use the "
-                "checkpoint with float weights."
-            )
         self.embedding = nn.ModuleDict({"word_embeddings": nn.Embedding(config.vocab_size, config.hidden_size)})
         self.rotary_pos_emb = ChatGLMRotaryEmbedding(config)
         self.encoder = ChatGLMEncoder(config)
@@ -527,16 +815,46 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def add_prefix(self, past_key_values: Cache | None, inputs_embeds: torch.Tensor) -> Cache:
-        """Put the prefix into a cache that holds nothing yet, making the cache if there is none."""
-        if self.gradient_checkpointing and self.training:
-            # The library takes the cache, and the prefix with it, away from layers that are computed twice.
-            raise ValueError("Gradient checkpointing does not work with a P-tuning prefix (`pre_seq_len`) yet.")
-        past_key_values = DynamicCache() if past_key_values is None else past_key_values
-        if not past_key_values.is_initialized:
-            for layer_idx, (keys, values) in enumerate(self.prefix_encoder(inputs_embeds.shape[0])):
-                past_key_values.update(keys.to(inputs_embeds.dtype), values.to(inputs_embeds.dtype), layer_idx)
-        return past_key_values
+    def put_prefix(
+        self, cache: Cache, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Put the prefix into an empty cache.
+
+        Returns:
+            What was put there: keys and values `[batch, kv_heads, prefix, head_dim]` of each layer, where the layer is.
+        """
+        prefix = []
+        for layer_idx, (keys, values) in enumerate(self.prefix_encoder(batch_size)):
+            weight = self.encoder.layers[layer_idx].input_layernorm.weight
+            # The weights of a layer that is offloaded are on the meta device until they are used.
+            layer_device = device if weight.is_meta else weight.device
+            prefix.append((keys.to(layer_device, dtype), values.to(layer_device, dtype)))
+            cache.update(*prefix[-1], layer_idx)
+        return prefix
+
+    def add_prefix(
+        self, past_key_values: Cache | None, inputs_embeds: torch.Tensor
+    ) -> tuple[Cache, list[tuple[torch.Tensor, torch.Tensor]] | None]:
+        """Put the prefix into a cache that holds nothing yet, making the cache if there is none.
+
+        Returns:
+            The cache, and the prefix of each layer where layers are computed twice and cannot have a cache.
+
+        Raises:
+            ValueError: if such layers are to continue a cache.
+        """
+        is_checkpointed = self.gradient_checkpointing and self.training
+        if not is_empty_cache(past_key_values, inputs_embeds.shape[1]):
+            if is_checkpointed:
+                raise ValueError(
+                    "Gradient checkpointing computes layers twice, so a cache with a P-tuning prefix (`pre_seq_len`) "
+                    "cannot be continued: leave `past_key_values` out, or call `gradient_checkpointing_disable`."
+                )
+            return past_key_values, None
+        if past_key_values is None or is_checkpointed:
+            past_key_values = DynamicCache()
+        prefix = self.put_prefix(past_key_values, inputs_embeds.shape[0], inputs_embeds.dtype, inputs_embeds.device)
+        return past_key_values, prefix if is_checkpointed else None
 
     def make_position_ids(
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
@@ -617,8 +935,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             position_ids, token_type_ids = self.make_prefix_lm_inputs(
                 input_ids, attention_mask, position_ids, token_type_ids, is_first_step
             )
+        prefix = None
         if self.prefix_encoder is not None:
-            past_key_values = self.add_prefix(past_key_values, inputs_embeds)
+            past_key_values, prefix = self.add_prefix(past_key_values, inputs_embeds)
         if position_ids is None:
             position_ids = self.make_position_ids(inputs_embeds, attention_mask, past_key_values)
         if self.prefix_encoder is not None and attention_mask is not None and attention_mask.ndim == 2:
@@ -631,9 +950,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         hidden_states = inputs_embeds.float() if self.config.fp32_residual_connection else inputs_embeds
         hidden_states = self.encoder(
             hidden_states,
+            prefix,
             position_embeddings=self.rotary_pos_emb(inputs_embeds, position_ids),
             attention_mask=unmask_empty_rows(mask),
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if prefix is None else None,
             position_ids=position_ids,
             use_cache=use_cache,
             **kwargs,
@@ -704,6 +1024,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
         position_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
+        if self.config.pre_seq_len is not None and kwargs.get("past_key_values") is not None:
+            kwargs["next_sequence_length"] = self.count_without_prefix(input_ids, attention_mask, **kwargs)
         # CODEPATH: chatglm-6b, whose positions and context are read off the whole of the ids at every step.
         if self.config.prefix_lm and inputs_embeds is None:
             position_ids, kwargs["token_type_ids"] = prefix_lm_positions(self.config, input_ids, attention_mask)
@@ -717,6 +1040,32 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
         )
 
+    def count_without_prefix(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache,
+        next_sequence_length: int | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> int | None:
+        """How many ids are not in the cache yet. The library counts the prefix among the tokens that are."""
+        is_static = past_key_values.is_compileable
+        # A static cache counts on the device, so it is asked in the prefill only.
+        if is_static and not is_first_iteration and past_key_values.is_initialized and next_sequence_length == 1:
+            return next_sequence_length
+        length = int(past_key_values.get_seq_length())
+        num_cached = length - self.config.pre_seq_len
+        if length > 0 > num_cached:
+            # The library crops the cache of an assistant to the length of its text.
+            past_key_values.crop(-length)
+        elif length == 0 and is_static:
+            # The mask of a static cache is made ahead of the forward pass.
+            dtype = self.get_input_embeddings().weight.dtype
+            self.transformer.put_prefix(past_key_values, len(input_ids), dtype, self._input_device())
+        seen = input_ids.shape[1] if attention_mask is None else attention_mask.shape[-1]
+        return seen - max(num_cached, 0)
+
     @staticmethod
     def create_masks_for_generate(
         config: ChatGLMConfig,
@@ -729,6 +1078,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
         **kwargs: Any,
     ) -> Any:
         """The mask for a compiled step with a static cache, the same that `forward` makes."""
+        # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
+        if config.pre_seq_len is not None and attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (config.pre_seq_len, 0), value=1)
         return make_mask(
             config, inputs_embeds, attention_mask, past_key_values, position_ids, token_type_ids, is_first_iteration
         )

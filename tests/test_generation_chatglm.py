@@ -562,31 +562,6 @@ def test_scores_that_are_not_numbers_are_explained(tiny_model: Callable[..., Pre
             model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=do_sample)
 
 
-def test_a_prefix_and_a_static_cache_are_refused_together(tiny_model: Callable[..., PreTrainedModel]) -> None:
-    model, ids = tiny_model(pre_seq_len=4), torch.arange(3, 13)[None]
-    for setting in ({"cache_implementation": "static"}, {"prefill_chunk_size": 4}):
-        with pytest.raises(ValueError, match=f"{next(iter(setting))}.*pre_seq_len"):
-            model.generate(ids, **setting)
-
-
-def test_a_prefix_is_not_counted_wrongly(tiny_model: Callable[..., PreTrainedModel]) -> None:
-    model, ids = tiny_model(pre_seq_len=4), torch.arange(3, 13)[None]
-    cache = DynamicCache(config=model.config)
-    model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
-    with pytest.raises(ValueError, match="past_key_values.*pre_seq_len"):
-        model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
-    with pytest.raises(ValueError, match="generate_batch.*pre_seq_len"):
-        model.generate_batch(inputs=ids.tolist())
-
-
-def test_chat_with_a_prefix_reuses_nothing_and_stays_right(case_folder: Callable[[str], Path], chatglm3: Pair) -> None:
-    tokenizer = chatglm3[1]
-    model = AutoModelForCausalLM.from_pretrained(case_folder("chatglm3"), trust_remote_code=True, pre_seq_len=4)
-    response, history, cache = model.chat(tokenizer, "你好", return_past_key_values=True, **GREEDY)
-    expected = model.chat(tokenizer, "再见", history=history, **GREEDY)
-    assert model.chat(tokenizer, "再见", history=history, past_key_values=cache, **GREEDY) == expected
-
-
 def test_text_generation_pipeline(case_folder: Callable[[str], Path], chatglm3: Pair) -> None:
     model, tokenizer = chatglm3
     folder = str(case_folder("chatglm3"))

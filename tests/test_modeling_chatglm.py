@@ -342,13 +342,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model: ModelMaker)
         model.gradient_checkpointing_disable()
 
 
-def test_a_prefix_is_not_lost_by_gradient_checkpointing(tiny_model: ModelMaker) -> None:
-    model = tiny_model(pre_seq_len=4).train()
-    model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="pre_seq_len"):
-        model(prompt(), labels=prompt())
-
-
 def test_dropout_acts_in_training_only(tiny_model: ModelMaker) -> None:
     ids = prompt()
     for name in ("hidden_dropout", "attention_dropout"):
@@ -459,14 +452,6 @@ def test_missing_weights_are_initialized(case_folder: Callable[[str], Path]) -> 
     assert torch.equal(classifier.classifier_head.bias, torch.zeros(40))
     unused = {name for name, parameter in classifier.named_parameters() if not parameter.requires_grad}
     assert unused == {"transformer.output_layer.weight"}
-    for projection in (False, True):
-        model = AutoModel.from_pretrained(folder, trust_remote_code=True, pre_seq_len=20, prefix_projection=projection)
-        weights = dict(model.transformer.prefix_encoder.named_parameters())
-        assert len(weights) == (5 if projection else 1)
-        for name, weight in weights.items():
-            assert torch.equal(weight, torch.zeros_like(weight)) if name.endswith("bias") else std_is(weight, 0.02)
-        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        assert trainable == {f"transformer.prefix_encoder.{name}" for name in weights}
 
 
 def test_everything_missing_is_initialized(case_folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -561,8 +546,3 @@ def test_tensor_parallel_equals_one_process(case_folder: Callable[[str], Path], 
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-
-
-def test_unsupported_checkpoints_are_refused_by_name(case_folder: Callable[[str], Path]) -> None:
-    with pytest.raises(ValueError, match="quantization_bit=4"):
-        AutoModel.from_pretrained(case_folder("chatglm2-int4"), trust_remote_code=True)

@@ -38,7 +38,7 @@ from transformers import BatchEncoding, LogitsProcessor, LogitsProcessorList, Pr
 pytestmark = pytest.mark.floor
 
 # Add a generation here once it is supported.
-CASES = ["chatglm1", "chatglm2", "chatglm2-32k", "chatglm3", "chatglm3-32k", "glm4"]
+CASES = ["chatglm1", "chatglm2", "chatglm2-32k", "chatglm2-int4", "chatglm3", "chatglm3-32k", "glm4"]
 WITH_ROLES = ["chatglm3", "chatglm3-32k", "glm4"]
 STREAMS = [name for name in CASES if name != "chatglm1"]
 DROPS_THE_LAST_TOKEN = ["chatglm3", "chatglm3-32k", "glm4"]

@@ -57,7 +57,7 @@ VERSIONS = {
     "glm4": "glm4",
 }
 # The cases whose generation the code loads.
-LOADED = ["chatglm1", "chatglm2", "chatglm2-32k", "chatglm3", "chatglm3-32k", "glm4"]
+LOADED = ["chatglm1", "chatglm2", "chatglm2-32k", "chatglm2-int4", "chatglm3", "chatglm3-32k", "glm4"]
 STOP_IDS = {"chatglm1": 255, "chatglm2": 2, "chatglm3": [2, 486, 488], "glm4": [480, 487, 489]}
 
 OLD_CODE = {
@@ -66,6 +66,8 @@ OLD_CODE = {
     "tokenization_chatglm.py": "\nfrom .configuration_chatglm import RELEASE\n",
     "conversation_chatglm.py": "",
     "generation_chatglm.py": "",
+    "quantization.py": "",
+    "quantization_kernels.py": "",
 }
 CONVERT = ("--safetensors", "--max-shard-size", "100KB")
 # What a program tells Python's audit hooks before it changes a file system; "upgrade.bits" is between two tensors.
@@ -104,7 +106,7 @@ def published(reference_dir: Path, code: Path, tmp_path: Path) -> Callable[..., 
             for file, end in OLD_CODE.items():
                 text = (code / file).read_text(encoding="utf-8")
                 (target / file).write_text(f"# An older release.\n{text}{end}", encoding="utf-8")
-            (target / "quantization.py").write_text("# Nothing needs it any more.\n", encoding="utf-8")
+            (target / "cli_demo.py").write_text("# Nothing needs it any more.\n", encoding="utf-8")
         return target
 
     return folder
@@ -274,8 +276,8 @@ class TestUpgrade:
             assert (folder / name).read_bytes() == (code / name).read_bytes()
         assert (folder / "modeling_chatglm.py.bak").read_text(encoding="utf-8") == "mine"
         assert (folder / "config.json").stat().st_mode & 0o777 == 0o600
-        assert "leave    quantization.py" in capsys.readouterr().out
-        assert (folder / "quantization.py").exists()
+        assert "leave    cli_demo.py" in capsys.readouterr().out
+        assert (folder / "cli_demo.py").exists()
 
     @pytest.mark.parametrize("options", [(), CONVERT], ids=["code", "safetensors"])
     def test_twice_is_once(

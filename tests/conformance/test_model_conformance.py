@@ -32,11 +32,6 @@ ChatGLMForSequenceClassification = load_class("modeling_chatglm.ChatGLMForSequen
 DECODERS = (ChatGLMModel, ChatGLMForConditionalGeneration)
 GENERATION = {"test_generation_tester_mixin_inheritance": "the source distribution has no GenerationTesterMixin"}
 RENAMING = {"test_reverse_loading_mapping": "names are those a checkpoint came with; a new model has one of two sets"}
-CHECKPOINTING = (
-    "test_training_gradient_checkpointing",
-    "test_training_gradient_checkpointing_use_reentrant_false",
-    "test_training_gradient_checkpointing_use_reentrant_true",
-)
 
 
 class ChatGLMModelTester:
@@ -104,7 +99,6 @@ class PrefixConformanceTest(KnownDeviations, ModelTesterMixin, unittest.TestCase
     deviations = {
         **GENERATION,
         **RENAMING,
-        **dict.fromkeys(CHECKPOINTING, "a checkpointed layer gets no cache, and the prefix is there"),
         "test_attention_outputs": "tokens attend to the prefix as well",
         "test_retain_grad_hidden_states_attentions": "before the first layer nothing is trained",
     }

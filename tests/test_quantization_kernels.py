@@ -1,0 +1,369 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Products with quantized weights on a CPU: every way of computing them against the decoded weight in float64."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+
+# The greatest error over the greatest value. Half precision: one rounding of the result, and of float16 to bfloat16.
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 8e-3}
+# Group scales are rounded to bfloat16 for torch's operator, and decoded weights to the dtype of the input.
+GROUP_LIMIT = 1.6e-2
+ROWS = (1, 3, 16, 17, 40, 41)
+# Out, in, columns that share a scale. 70 rows fill no block; 36 columns are what torch's operators cannot take.
+SHAPES = {
+    "rows": (64, 256, None),
+    "odd": (71, 96, None),
+    "narrow": (33, 36, None),
+    "wide": (1100, 64, None),
+    "groups-32": (70, 96, 32),
+    "groups-64": (64, 128, 64),
+    "groups-128": (33, 256, 128),
+    "wide-groups": (1100, 64, 32),
+}
+LAYOUTS = ("int8", "int4", "packed")
+# Layouts that a shape has: torch's operator takes columns in thirty-twos.
+WEIGHTS = [(layout, shape) for layout in LAYOUTS for shape in SHAPES if (layout, shape) != ("packed", "narrow")]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Codes as they are stored, their scales, and the same weight in float64 `[out, in]`."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    group_scales: torch.Tensor | None
+    exact: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def kernels(source: Callable[[str], ModuleType]) -> ModuleType:
+    return source("quantization_kernels")
+
+
+@pytest.fixture(scope="module")
+def pack_int4(source: Callable[[str], ModuleType]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return source("quantization").pack_int4
+
+
+def random_codes(bits: int, *shape: int) -> torch.Tensor:
+    largest = 2 ** (bits - 1)
+    codes = torch.randint(-largest, largest, shape, generator=torch.Generator().manual_seed(2))
+    return codes.to(torch.int8)
+
+
+@pytest.fixture
+def make_weight(kernels: ModuleType, pack_int4: Callable) -> Callable[..., Weight]:
+    def make(
+        layout: str, shape: str | tuple[int, int, int | None], scale_dtype: torch.dtype = torch.float32
+    ) -> Weight:
+        out_features, in_features, group_size = SHAPES[shape] if isinstance(shape, str) else shape
+        codes = random_codes(8 if layout == "int8" else 4, out_features, in_features)
+        scale = torch.rand(out_features, in_features // group_size if group_size else 1) * 0.02 + 0.01
+        scale = scale.to(scale_dtype)
+        exact = codes.double() * scale.double().repeat_interleave(group_size or in_features, dim=1)
+        scale = scale if group_size else scale[:, 0].contiguous()
+        group_scales = None
+        stored = codes if layout == "int8" else pack_int4(codes)
+        if layout == "packed":
+            stored = kernels.pack_for_cpu(stored)
+            group_scales = kernels.cpu_group_scales(scale, stored) if group_size else None
+        return Weight(stored, scale, group_scales, exact)
+
+    return make
+
+
+def assert_close_to(actual: torch.Tensor, exact: torch.Tensor, limit: float) -> None:
+    assert actual.shape == exact.shape
+    error = ((actual.double() - exact).abs().max() / exact.abs().max()).item()
+    assert error <= limit, f"off by {error:.3g} of the greatest value, the limit is {limit:.3g}"
+
+
+def limit_for(weight: Weight, dtype: torch.dtype) -> float:
+    return GROUP_LIMIT if weight.scale.ndim == 2 and dtype != torch.float32 else LIMITS[dtype]
+
+
+@pytest.mark.parametrize(("layout", "shape"), WEIGHTS)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_every_way_is_the_product_with_the_decoded_weight(
+    dtype: torch.dtype, layout: str, shape: str, kernels: ModuleType, make_weight: Callable[..., Weight]
+) -> None:
+    weight = make_weight(layout, shape)
+    bias = torch.randn(len(weight.exact))
+    for num_rows in ROWS:
+        x = torch.randn(num_rows, weight.exact.shape[1]).to(dtype)
+        exact = x.double() @ weight.exact.T
+        product = kernels.quantized_linear(x, weight.codes, weight.scale, None, weight.group_scales)
+        assert product.dtype == dtype
+        assert_close_to(product, exact, limit_for(weight, dtype))
+        with_bias = kernels.quantized_linear(x, weight.codes, weight.scale, bias, weight.group_scales)
+        assert_close_to(with_bias, exact + bias, limit_for(weight, dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_number_of_dimensions(layout: str, kernels: ModuleType, make_weight: Callable[..., Weight]) -> None:
+    weight = make_weight(layout, "rows")
+    x = torch.randn(2, 3, 4, 256)
+    flat = kernels.quantized_linear(x.view(24, 256), weight.codes, weight.scale)
+    for shaped in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert kernels.quantized_linear(shaped, weight.codes, weight.scale).equal(flat.view(2, 3, 4, 64))
+    one = kernels.quantized_linear(x[0, 0, 0], weight.codes, weight.scale)
+    torch.testing.assert_close(one, flat[0], atol=1e-4, rtol=1e-5)
+    for half in (x.bfloat16(), x.bfloat16()[:, :0]):
+        assert kernels.quantized_linear(half, weight.codes, weight.scale).shape == (*half.shape[:-1], 64)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_scales_of_any_dtype(
+    scale_dtype: torch.dtype, layout: str, kernels: ModuleType, make_weight: Callable[..., Weight]
+) -> None:
+    weight = make_weight(layout, "rows", scale_dtype)
+    for dtype in LIMITS:
+        x = torch.randn(2, 256).to(dtype)
+        assert_close_to(
+            kernels.quantized_linear(x, weight.codes, weight.scale), x.double() @ weight.exact.T, LIMITS[dtype]
+        )
+
+
+@pytest.mark.parametrize("layout", ["int8", "packed"])
+def test_scales_of_rows_are_not_rounded_to_bfloat16(
+    layout: str, kernels: ModuleType, make_weight: Callable[..., Weight]
+) -> None:
+    """A row of zeros with a single one picks a column, and the only rounding is that of the result."""
+    weight = make_weight(layout, "rows")
+    product = kernels.quantized_linear(torch.eye(256)[:16].bfloat16(), weight.codes, weight.scale)
+    assert product.equal(weight.exact[:, :16].T.bfloat16())
+
+
+@pytest.mark.parametrize(("layout", "shape"), WEIGHTS)
+def test_decoding_is_exact(layout: str, shape: str, kernels: ModuleType, make_weight: Callable[..., Weight]) -> None:
+    weight = make_weight(layout, shape)
+    decoded = kernels.dequantize_weight(weight.codes, weight.scale, weight.exact.shape[1], torch.float32)
+    assert decoded.equal(weight.exact.float())
+    half = kernels.dequantize_weight(weight.codes, weight.scale, weight.exact.shape[1], torch.bfloat16)
+    assert half.equal(decoded.bfloat16())
+
+
+@pytest.mark.parametrize(("layout", "shape"), WEIGHTS)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_gradient_to_the_input_and_the_bias(
+    dtype: torch.dtype, layout: str, shape: str, kernels: ModuleType, make_weight: Callable[..., Weight]
+) -> None:
+    weight = make_weight(layout, shape)
+    x = torch.randn(2, 3, weight.exact.shape[1]).to(dtype).requires_grad_()
+    bias = torch.randn(len(weight.exact)).to(dtype).requires_grad_()
+    out = kernels.quantized_linear(x, weight.codes, weight.scale, bias, weight.group_scales)
+    grad = torch.randn(out.shape).to(dtype)
+    out.backward(grad)
+    assert x.grad.dtype == bias.grad.dtype == dtype
+    # What is decoded for a gradient has the dtype of the input.
+    assert_close_to(x.grad, grad.double() @ weight.exact, LIMITS[dtype])
+    assert_close_to(bias.grad, grad.double().sum((0, 1)), LIMITS[dtype])
+
+
+@pytest.mark.parametrize(("layout", "shape"), WEIGHTS)
+def test_the_output_may_be_changed_in_place(
+    layout: str, shape: str, kernels: ModuleType, make_weight: Callable[..., Weight]
+) -> None:
+    """As some adapters do, with and without a gradient."""
+    weight = make_weight(layout, shape)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 3, weight.exact.shape[1]).to(dtype).requires_grad_()
+        out = kernels.quantized_linear(x, weight.codes, weight.scale, None, weight.group_scales)
+        out += 1
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        assert_close_to(gradient, weight.exact.sum(0).expand(2, 3, -1), LIMITS[dtype])
+
+
+def test_gradient_where_only_one_is_wanted(kernels: ModuleType, make_weight: Callable[..., Weight]) -> None:
+    weight = make_weight("int4", "rows")
+    x = torch.randn(3, 256, requires_grad=True)
+    bias = torch.randn(64, requires_grad=True)
+    for arguments in ((), (None,), (bias.detach(),)):
+        out = kernels.quantized_linear(x, weight.codes, weight.scale, *arguments)
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        assert_close_to(gradient, weight.exact.sum(0).expand(3, -1), 1e-5)
+    out = kernels.quantized_linear(x.detach(), weight.codes, weight.scale, bias)
+    (gradient,) = torch.autograd.grad(out.sum(), bias)
+    assert gradient.equal(torch.full((64,), 3.0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch's own operators and compiler
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape"), [("int8", "odd"), ("int4", "odd"), ("packed", "odd"), ("int4", "groups-32")]
+)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_torch_finds_nothing_wrong_with_the_operators(
+    has_bias: bool, layout: str, shape: str, kernels: ModuleType, make_weight: Callable[..., Weight]
+) -> None:
+    weight = make_weight(layout, shape)
+    bias = torch.randn(len(weight.exact), requires_grad=True) if has_bias else None
+    x = torch.randn(5, weight.exact.shape[1], requires_grad=True)
+    arguments = (x, weight.codes, weight.scale, bias, weight.group_scales)
+    torch.library.opcheck(kernels.multiply_operator, arguments)
+    grad = torch.randn(5, len(weight.exact))
+    torch.library.opcheck(kernels.quantized_linear_backward, (grad, weight.codes, weight.scale, weight.exact.shape[1]))
+
+
+def test_an_operator_is_never_registered_again(kernels: ModuleType) -> None:
+    """That would free it under models that another checkpoint's copy of the code made."""
+    name = kernels.own_name("quantized_linear")
+    assert name.startswith("chatglm::quantized_linear_") and not hasattr(torch.ops.chatglm, name.split("::")[1])
+    assert kernels.own_name("unheard_of") == "chatglm::unheard_of"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_equals_eager_for_any_number_of_rows(
+    layout: str, kernels: ModuleType, make_weight: Callable[..., Weight]
+) -> None:
+    weight = make_weight(layout, "rows")
+
+    def run(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return kernels.quantized_linear(x * 2, weight.codes, weight.scale, bias).relu()
+
+    num_graphs = 0
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Callable:
+        nonlocal num_graphs
+        num_graphs += 1
+        return graph
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    counted = torch.compile(run, fullgraph=True, backend=count, dynamic=True)
+    for num_rows in (2, 5, 17, 50):
+        x, bias = torch.randn(num_rows, 256, requires_grad=True), torch.randn(64, requires_grad=True)
+        expected = run(x, bias)
+        torch.testing.assert_close(compiled(x, bias), expected)
+        torch.testing.assert_close(counted(x, bias), expected)
+        grads = [torch.autograd.grad(out.sum(), (x, bias)) for out in (compiled(x, bias), expected)]
+        torch.testing.assert_close(*grads)
+    assert num_graphs == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layout of torch's int4 operator
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_int4(kernels: ModuleType, pack_int4: Callable) -> None:
+    """The even column is in the high four bits; the example is what the published code made of these codes."""
+    codes = torch.tensor([[5, 2, 0, -4, -4, -8, -7, -8]], dtype=torch.int8)
+    packed = pack_int4(codes)
+    assert packed.dtype == torch.int8
+    assert (packed.int() & 255).tolist() == [[0x52, 0x0C, 0xC8, 0x98]]
+    every_pair = torch.cartesian_prod(torch.arange(-8, 8), torch.arange(-8, 8)).to(torch.int8)
+    packed = pack_int4(every_pair)
+    assert len(packed.unique()) == 256
+    assert kernels.unpack_int4(packed).equal(every_pair)
+    assert pack_int4(kernels.unpack_int4(packed)).equal(packed)
+    assert kernels.unpack_int4(pack_int4(random_codes(4, 5, 6)[:, ::3].repeat(1, 2)))[:, :2].equal(
+        random_codes(4, 5, 6)[:, ::3]
+    )
+
+
+@pytest.mark.parametrize("out_features", [1, 16, 31, 32, 33, 64, 65, 127, 512, 577])
+def test_packing_for_cpu_loses_nothing(out_features: int, kernels: ModuleType, pack_int4: Callable) -> None:
+    codes = random_codes(4, out_features, 64)
+    packed = kernels.pack_for_cpu(pack_int4(codes))
+    block_rows = kernels.cpu_int4_layout()[0]
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (-(-out_features // block_rows) * block_rows, 32)
+    assert kernels.unpack_for_cpu(packed, out_features).equal(codes)
+
+
+@pytest.mark.parametrize("out_features", [64, 128, 640])
+def test_packing_for_cpu_equals_torch(out_features: int, kernels: ModuleType, pack_int4: Callable) -> None:
+    codes = random_codes(4, out_features, 96)
+    expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
+    assert kernels.pack_for_cpu(pack_int4(codes)).equal(expected.view(out_features, 48))
+
+
+def test_what_can_be_packed(kernels: ModuleType) -> None:
+    weight = torch.zeros(32, 32, dtype=torch.int8)
+    assert kernels.can_pack_for_cpu(weight, 64)
+    assert not kernels.can_pack_for_cpu(weight, 32)  # int8 codes
+    assert not kernels.can_pack_for_cpu(weight[:, :18], 36)
+    assert not kernels.can_pack_for_cpu(kernels.pack_for_cpu(weight), 64)
+    assert not kernels.can_pack_for_cpu(weight.to("meta"), 64)
+
+
+@pytest.mark.parametrize("fault", ["missing", "other order", "nothing"])
+def test_a_processor_with_another_layout(fault: str, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(weight: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
+        if fault == "missing":
+            raise RuntimeError("not on this processor")
+        highest = 1 if fault == "nothing" else 256
+        return torch.randint(0, highest, (weight.shape[0], weight.shape[1] // 2), dtype=torch.uint8)
+
+    kernels.cpu_int4_layout.cache_clear()
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", convert)
+    assert kernels.cpu_int4_layout() is None
+    assert not kernels.can_pack_for_cpu(torch.zeros(32, 32, dtype=torch.int8), 64)
+    kernels.cpu_int4_layout.cache_clear()
+
+
+def test_few_rows_go_to_the_operators_of_torch(
+    kernels: ModuleType, make_weight: Callable[..., Weight], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which way is taken shows in no result, only in the time it takes."""
+    taken = []
+    few_rows, many_rows = kernels.cpu_few_rows, kernels.cpu_many_rows
+    monkeypatch.setattr(kernels, "cpu_few_rows", lambda *args: taken.append("few") or few_rows(*args))
+    monkeypatch.setattr(kernels, "cpu_many_rows", lambda *args: taken.append("many") or many_rows(*args))
+
+    def way(layout: str, shape: str, num_rows: int, dtype: torch.dtype) -> str:
+        weight = make_weight(layout, shape)
+        x = torch.zeros(num_rows, weight.exact.shape[1], dtype=dtype)
+        kernels.quantized_linear(x, weight.codes, weight.scale, None, weight.group_scales)
+        return taken.pop()
+
+    for dtype in (torch.bfloat16, torch.float16):
+        assert [way("int8", "rows", rows, dtype) for rows in (1, 16, 17)] == ["few", "few", "many"]
+        assert [way("packed", "rows", rows, dtype) for rows in (1, 40, 41)] == ["few", "few", "many"]
+        assert way("packed", "groups-32", 1, dtype) == "few"
+        # In bfloat16 the int8 operator is wrong where columns do not come in thirty-twos.
+        assert way("int8", "narrow", 1, dtype) == way("int4", "rows", 1, dtype) == "many"
+        assert way("int8", "groups-32", 1, dtype) == "many"
+    assert way("int8", "rows", 1, torch.float32) == way("packed", "rows", 1, torch.float32) == "many"
+
+
+def test_large_sums_do_not_overflow_float16(kernels: ModuleType, make_weight: Callable[..., Weight]) -> None:
+    """Sums of codes are larger than those of weights; what is large is scaled before it is rounded to float16."""
+    for layout in LAYOUTS:
+        weight = make_weight(layout, "rows")
+        scale = weight.scale * 1e-3
+        for num_rows in (1, 50):
+            x = torch.full((num_rows, 256), 2048.0, dtype=torch.float16)
+            exact = x.double() @ (weight.exact * 1e-3).T
+            assert_close_to(kernels.quantized_linear(x, weight.codes, scale), exact, LIMITS[torch.float16])
+
+
+def test_the_kernel_twin_for_other_devices(kernels: ModuleType, make_weight: Callable[..., Weight]) -> None:
+    """Elsewhere the weight is decoded whole; the CPU takes the same route through the public functions."""
+    weight = make_weight("int4", "groups-64")
+    x = torch.randn(5, 128)
+    decoded = kernels.dequantize_weight(weight.codes, weight.scale, 128, torch.float32)
+    torch.testing.assert_close(kernels.quantized_linear(x, weight.codes, weight.scale), F.linear(x, decoded))
