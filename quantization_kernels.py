@@ -469,21 +469,30 @@ class FewRowsConfig(NamedTuple):
 
 
 def few_rows_config(
-    bits: int, num_rows: int, out_features: int, in_features: int, num_multiprocessors: int, is_hip: bool
+    bits: int,
+    is_grouped: bool,
+    num_rows: int,
+    out_features: int,
+    in_features: int,
+    num_multiprocessors: int,
+    is_hip: bool,
 ) -> FewRowsConfig:
     """Blocks for a product with few rows. What a measurement finds better on some GPU belongs here.
 
     A sum is split until there are two programs for every multiprocessor: narrow layers have too few rows of blocks.
     """
-    block_out, block_in = (32, 64) if bits == 4 else (32, 256)
+    # AMD's matrix instructions need 16 rows; NVIDIA's take 8, with less to load.
+    block_rows = 8 if num_rows <= 8 and not is_hip else 16
+    block_out, block_in = 32, 256
+    if bits == 4:
+        # A wider block does not fit into the registers beside 16 rows or scales of groups.
+        block_in = 64 if block_rows == 8 and not is_grouped else 32
     num_blocks = triton.cdiv(in_features // 8 if bits == 4 else in_features, block_in)
     num_splits = 1
     while num_splits < 8 and 2 * num_splits <= num_blocks:
         if triton.cdiv(out_features, block_out) * num_splits >= 2 * num_multiprocessors:
             break
         num_splits *= 2
-    # AMD's matrix instructions need 16 rows; NVIDIA's take 8, with less to load.
-    block_rows = 8 if num_rows <= 8 and not is_hip else 16
     return FewRowsConfig(block_out, block_in, block_rows, num_splits, num_warps=2, num_stages=2 if is_hip else 4)
 
 
@@ -568,7 +577,10 @@ def triton_quantized_linear(
         if 0 < num_rows <= GPU_FEW_ROWS and in_features % 8 == 0:
             is_hip = torch.version.hip is not None
             num_multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-            config = few_rows_config(bits, num_rows, out_features, in_features, num_multiprocessors, is_hip)
+            is_grouped = weight_scale.ndim == 2
+            config = few_rows_config(
+                bits, is_grouped, num_rows, out_features, in_features, num_multiprocessors, is_hip
+            )
             return run_few_rows(x.contiguous(), weight, weight_scale, bias, config, use_assembly=not is_hip)
         decoded = triton_dequantize(weight, weight_scale, in_features, x.dtype)
     return F.linear(x, decoded, None if bias is None else bias.to(x.dtype))
