@@ -18,7 +18,8 @@ command for a GPU. Everything is measured in one run and taken in turns, so that
 
 - layers: the linears of ChatGLM3-6B. Bandwidth is the bytes of the weight over the time; the fraction is of the copy
   bandwidth (bytes read and written) that this run measures first.
-- model: a slice of ChatGLM3-6B, its width and few layers, random weights. Prefill, and decoding of one sequence.
+- model: a slice of ChatGLM3-6B, its width and few layers, random weights. Prefill, and decoding of one sequence after
+  32 tokens.
 - memory: the peak while quantizing on load, in a process of its own.
 - quality: perplexity of the bundled checkpoint on its dialogues, and how far its distributions move. It knows them so
   well that the perplexity hardly tells the settings apart; the divergence does.
@@ -206,7 +207,7 @@ def measure_model(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         settings["cache_implementation"] = "static"
 
     def generate(model: nn.Module, num_tokens: int) -> None:
-        model.generate(prompt, max_new_tokens=num_tokens, min_new_tokens=num_tokens, **settings)
+        model.generate(prompt[:, :32], max_new_tokens=num_tokens, min_new_tokens=num_tokens, **settings)
 
     prefill = median_seconds(
         {name: lambda model=model: model(prompt, logits_to_keep=1) for name, model in models.items()},
