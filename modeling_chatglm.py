@@ -31,11 +31,7 @@ What is unusual here:
 """
 
 import copy
-import filecmp
-import json
 import os
-import pickle
-import zipfile
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -43,8 +39,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache
@@ -66,6 +60,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_chatglm import ChatGLMConfig
 from .generation_chatglm import ChatGLMGenerationMixin, reduce_published_mask
+from .prefix_checkpoint import PREFIX_KEY, check_stored_prefix, find_prefix, write_prefix
 from .quantization import ChatGLMQuantizationMixin, init_quantized_linear
 
 
@@ -74,15 +69,6 @@ logger = logging.get_logger(__name__)
 # Attention that takes any mask.
 PREFIX_LM_ATTENTION = ("sdpa", "eager", "flex_attention")
 
-# Where weights are in a folder, in the library's order, and what a prefix alone is saved as.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-PREFIX_FILES = ("prefix_encoder.safetensors", "prefix_encoder.bin")
-PREFIX_KEY = "prefix_encoder."
 # Layers x 2 x key/value heads x width of a head: what a prefix has for each of its tokens.
 PUBLISHED_PREFIX_WIDTHS = {229376: "ChatGLM-6B", 14336: "ChatGLM2-6B or ChatGLM3-6B", 20480: "GLM-4-9B"}
 
@@ -413,56 +399,6 @@ class PrefixEncoder(nn.Module):
         return [(layer[0], layer[1]) for layer in self.dropout(prefix)]
 
 
-def read_prefix_file(file: Path) -> dict[str, torch.Tensor]:
-    """Read the prefix encoder out of a file of weights, `.safetensors`, a `.json` index of shards, or else PyTorch's.
-
-    Returns:
-        Its tensors, by their names in a [`PrefixEncoder`]; nothing if there is none in the file.
-
-    Raises:
-        OSError: if the file or a shard of it is not there.
-        ValueError: if it is not a file of weights. Nothing in it is executed.
-    """
-    try:
-        if file.suffix == ".json":
-            shards = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted({shard for key, shard in shards.items() if PREFIX_KEY in key})
-            return {name: tensor for shard in files for name, tensor in read_prefix_file(file.parent / shard).items()}
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as stored:
-                return {key.split(PREFIX_KEY)[1]: stored.get_tensor(key) for key in stored.keys() if PREFIX_KEY in key}
-        # Only what is used is read of a whole model. Files of old versions of PyTorch are not zipped.
-        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        return {key.split(PREFIX_KEY)[1]: tensor.clone() for key, tensor in stored.items() if PREFIX_KEY in key}
-    except (AttributeError, EOFError, KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{file} is not a file of weights: {error}") from error
-    except (SafetensorError, pickle.UnpicklingError) as error:
-        # What PyTorch says invites to execute whatever is in the file.
-        raise ValueError(f"{file} is not a file of weights, or is damaged or holds more than tensors.") from error
-
-
-def find_prefix(path: Path) -> dict[str, torch.Tensor]:
-    """Read the prefix encoder out of a file, or of the files in a folder that a prefix or a model is saved as.
-
-    Raises:
-        FileNotFoundError: if there is no such file or folder, or no weights in the folder.
-        ValueError: if there are weights, but none of a prefix encoder.
-    """
-    files = [path]
-    if path.is_dir():
-        files = [path / name for name in PREFIX_FILES + WEIGHT_FILES if (path / name).is_file()]
-    if not files or not path.exists():
-        what = f"has none of {PREFIX_FILES + WEIGHT_FILES}" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"There is no prefix to load: {path} {what}.")
-    for file in files:
-        if weights := read_prefix_file(file):
-            return weights
-    raise ValueError(
-        f"There is no prefix in {', '.join(map(str, files))}: no name of a weight holds `{PREFIX_KEY}`, as "
-        "`transformer.prefix_encoder.embedding.weight` does. Was it trained without `pre_seq_len`?"
-    )
-
-
 def make_prefix_encoder(config: ChatGLMConfig, weights: dict[str, torch.Tensor]) -> PrefixEncoder:
     """Make the prefix encoder that some weights belong to, in float32 on the CPU; `config` is not changed.
 
@@ -505,36 +441,6 @@ def make_prefix_encoder(config: ChatGLMConfig, weights: dict[str, torch.Tensor])
             )
     encoder.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     return encoder
-
-
-def check_stored_prefix(config: ChatGLMConfig, folder: Path) -> None:
-    """Compare the prefix in a checkpoint folder, if it has one, with the one that is asked for.
-
-    Raises:
-        ValueError: with both lengths, or both values of `prefix_projection`.
-    """
-    weights = next((read_prefix_file(folder / name) for name in WEIGHT_FILES if (folder / name).is_file()), {})
-    if "embedding.weight" not in weights:
-        return
-    stored = {
-        "pre_seq_len": len(weights["embedding.weight"]),
-        "prefix_projection": any(name.startswith("trans.") for name in weights),
-    }
-    for name, value in stored.items():
-        if getattr(config, name) != value:
-            raise ValueError(
-                f"{folder} holds a trained prefix with `{name}={value}`, and `{name}={getattr(config, name)}` is asked "
-                "for. Ask for what is stored, or train a new prefix on a checkpoint without one."
-            )
-
-
-def free_backup(file: Path) -> Path:
-    """The first of NAME.bak, NAME.bak.1, ... that does not exist."""
-    backup, count = file.with_name(f"{file.name}.bak"), 0
-    while os.path.lexists(backup):
-        count += 1
-        backup = file.with_name(f"{file.name}.bak.{count}")
-    return backup
 
 
 def is_empty_cache(cache: Cache | None, num_new_tokens: int) -> bool:
@@ -760,28 +666,8 @@ class ChatGLMPreTrainedModel(ChatGLMQuantizationMixin, PreTrainedModel):
         """
         if (encoder := self.base_model.prefix_encoder) is None:
             raise ValueError("This model has no prefix to save. Load it with `pre_seq_len=128`, say, and train it.")
-        path = Path(path)
-        file = path if path.suffix in (".safetensors", ".bin") else path / PREFIX_FILES[0]
-        if blocking := [str(folder) for folder in file.parents if folder.is_file()]:
-            raise ValueError(f"{blocking[0]} is a file. Give a folder, or a name that ends in .safetensors or .bin.")
-        weights = {
-            f"transformer.{PREFIX_KEY}{name}": weight.detach().float().cpu().contiguous()
-            for name, weight in encoder.named_parameters()
-        }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_name(f"{file.name}.tmp-{os.getpid()}")
-        try:
-            if file.suffix == ".bin":
-                with new.open("wb") as stream:
-                    torch.save(weights, stream)
-            else:
-                save_file(weights, new, metadata={"format": "pt"})
-            if file.is_file() and not filecmp.cmp(new, file, shallow=False):
-                file.rename(free_backup(file))
-            new.replace(file)
-        finally:
-            new.unlink(missing_ok=True)
-        return file
+        weights = {f"transformer.{PREFIX_KEY}{name}": weight for name, weight in encoder.named_parameters()}
+        return write_prefix(weights, Path(path))
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embedding.word_embeddings
