@@ -351,7 +351,7 @@ if triton is not None:
     @triton.jit
     def int4_few_rows_kernel(
         planes_ptr, words_ptr, scale_ptr, bias_ptr, output_ptr,
-        out_features, in_features, num_rows, words_per_split,
+        out_features, num_words, num_rows, words_per_split,
         BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_ROWS: tl.constexpr,
         GROUP_SIZE: tl.constexpr, HAS_BIAS: tl.constexpr, ASSEMBLY: tl.constexpr,
     ):  # fmt: skip
@@ -359,10 +359,10 @@ if triton is not None:
 
         Eight columns are one int32 word. The sum runs over columns in any order, so `x` comes as planes `[r, 8, k / 8]`
         and plane `j` meets column `j` of all words. The weight is the left operand: its rows fill the tensor cores.
+        The words of a row are an argument: what is known to divide it decides how wide loads are.
         """
         row = tl.arange(0, BLOCK_ROWS)
         out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-        num_words = in_features // 8
         first_word = tl.program_id(1) * words_per_split
         last_word = min(first_word + words_per_split, num_words)
         sums = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
@@ -371,13 +371,14 @@ if triton is not None:
             is_weight = (out[:, None] < out_features) & (word[None, :] < last_word)
             words = tl.load(words_ptr + out[:, None].to(tl.int64) * num_words + word[None, :], mask=is_weight, other=0)
             if GROUP_SIZE > 0:
-                offset = out[:, None] * (in_features // GROUP_SIZE) + word[None, :] * 8 // GROUP_SIZE
+                group_words: tl.constexpr = GROUP_SIZE // 8
+                offset = out[:, None] * (num_words // group_words) + word[None, :] // group_words
                 group_scale = tl.load(scale_ptr + offset, mask=is_weight, other=0).to(planes_ptr.dtype.element_ty)
             if ASSEMBLY:
                 codes = decode_float16(words) if planes_ptr.dtype.element_ty == tl.float16 else decode_bfloat16(words)
             for column in tl.static_range(8):
                 x = tl.load(
-                    planes_ptr + row[None, :] * in_features + column * num_words + word[:, None],
+                    planes_ptr + (row[None, :] * 8 + column) * num_words + word[:, None],
                     mask=(row[None, :] < num_rows) & (word[:, None] < last_word),
                     other=0,
                 )
@@ -483,17 +484,17 @@ def few_rows_config(
     """
     # AMD's matrix instructions need 16 rows; NVIDIA's take 8, with less to load.
     block_rows = 8 if num_rows <= 8 and not is_hip else 16
-    block_out, block_in = 32, 256
+    # Larger blocks, or one more on its way, would not fit into the registers.
+    block_out, block_in, num_stages = 32, 256, 4
     if bits == 4:
-        # A wider block does not fit into the registers beside 16 rows or scales of groups.
-        block_in = 64 if block_rows == 8 and not is_grouped else 32
+        block_in, num_stages = (32, 3) if is_grouped else (64, 4)
     num_blocks = triton.cdiv(in_features // 8 if bits == 4 else in_features, block_in)
     num_splits = 1
     while num_splits < 8 and 2 * num_splits <= num_blocks:
         if triton.cdiv(out_features, block_out) * num_splits >= 2 * num_multiprocessors:
             break
         num_splits *= 2
-    return FewRowsConfig(block_out, block_in, block_rows, num_splits, num_warps=2, num_stages=2 if is_hip else 4)
+    return FewRowsConfig(block_out, block_in, block_rows, num_splits, 2, 2 if is_hip else num_stages)
 
 
 def run_few_rows(
@@ -528,7 +529,7 @@ def run_few_rows(
         x = x.view(num_rows, length, 8).transpose(1, 2).contiguous()
         options["GROUP_SIZE"] = 0 if weight_scale.ndim == 1 else in_features // weight_scale.shape[1]
         options["ASSEMBLY"] = use_assembly
-    sizes = (out_features, in_features, num_rows, blocks_per_split * config.block_in)
+    sizes = (out_features, length, num_rows, blocks_per_split * config.block_in)
     grid = (triton.cdiv(out_features, config.block_out), config.num_splits)
     kernel[grid](x, codes, weight_scale, weight_scale if bias is None else bias, output, *sizes, **options)
     if is_whole:
