@@ -5,6 +5,7 @@
 #   make chat MODEL=/path/to/chatglm3-6b  talk to a checkpoint
 #   make chat ARGS='--once 你好'          one answer, for scripts
 #   make test ARGS='-k stream_chat'       some of the tests
+#   make test-grid                        every generation fine-tuned in every way, seven minutes
 #   make conformance                      Transformers' own tests of models and tokenizers
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ CONFORMANCE := .conformance
 # The files mlinter has rules for.
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py tokenization_*.py generation_*.py)
 
-.PHONY: setup chat test test-floor conformance style fix bench
+.PHONY: setup chat test test-grid test-floor conformance style fix bench
 
 setup: $(NEWEST)/installed
 
@@ -25,7 +26,10 @@ chat: setup
 	@$(NEWEST)/bin/python examples/chat.py $(MODEL) $(ARGS)
 
 test: setup
-	$(NEWEST)/bin/python -m pytest $(ARGS)
+	$(NEWEST)/bin/python -m pytest -m 'not grid' $(ARGS)
+
+test-grid: setup
+	$(NEWEST)/bin/python -m pytest -m grid $(ARGS)
 
 test-floor: $(FLOOR)/installed
 	$(FLOOR)/bin/python -m pytest -m floor $(ARGS)
