@@ -117,7 +117,7 @@ def settings(case_folder: Any, tmp_path: Path) -> Any:
             "--save_strategy=no",
             "--use_cpu=true",
             "--disable_tqdm=true",
-            "--lr_scheduler_type=constant",
+            "--lr_scheduler_type=cosine",
         ]
 
     return words
