@@ -212,9 +212,13 @@ class QuantizedLinear(nn.Linear):
 
     def pack(self) -> None:
         """Give an int4 weight on a CPU the order of torch's operator. The published bytes go, so memory stays the same."""
-        packed = pack_for_cpu(self.weight)
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        weight = self.weight
+        if weight.dtype != torch.int8:
+            return  # Another thread was faster.
+        packed = pack_for_cpu(weight)
+        # In this order, for another thread that multiplies meanwhile.
         self.group_scales = cpu_group_scales(self.weight_scale, packed) if self.group_size else None
+        self.weight = nn.Parameter(packed, requires_grad=False)
 
     def unpack(self) -> None:
         """Take the published bytes back, if they went."""
