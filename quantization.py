@@ -23,8 +23,7 @@ What is unusual here:
 - A scale is never rounded once it is made: `model.to(torch.bfloat16)` leaves it alone.
 - There are three ways in: `model.quantize(bits)`, `from_pretrained(..., quantization_config=...)`, and checkpoints that
   are quantized already. The last two go through `ChatGLMQuantizer`, which the library finds by the name "chatglm".
-- On a CPU an int4 weight is repacked at its first use, in place; whatever reads the published bytes (saving, moving,
-  decoding) gets them back.
+- On a CPU an int4 weight is repacked at its first use, into a copy beside it that saving and moving drop.
 """
 
 import math
@@ -43,16 +42,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .quantization_kernels import (
-    CPU_INT4_MAX_ROWS,
-    can_pack_for_cpu,
-    cpu_group_scales,
-    dequantize_weight,
-    pack_for_cpu,
-    quantized_linear,
-    unpack_for_cpu,
-    unpack_int4,
-)
+from .quantization_kernels import dequantize_weight, pack_weight, quantized_linear, unpack_int4
 
 
 QUANT_METHOD = "chatglm"
@@ -170,8 +160,9 @@ class QuantizedLinear(nn.Linear):
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias
         self.train(linear.training)
-        # Scales in the form of torch's int4 operator for CPUs, beside a repacked weight with groups.
-        self.group_scales: torch.Tensor | None = None
+        # What `pack_weight` made of the weight.
+        self.packed: torch.Tensor | None = None
+        self.packed_scales: torch.Tensor | None = None
         self.register_state_dict_pre_hook(unpack_first)
         self.register_load_state_dict_pre_hook(unpack_first)
 
@@ -202,30 +193,22 @@ class QuantizedLinear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and self.is_worth_packing(x):
             self.pack()
-        return quantized_linear(x, self.weight, self.weight_scale, self.bias, self.group_scales)
+        return quantized_linear(x, self.weight, self.weight_scale, self.bias, self.packed, self.packed_scales)
 
     def is_worth_packing(self, x: torch.Tensor) -> bool:
-        """Whether torch's int4 operator would be the fastest for this input."""
-        num_rows = x.numel() // self.in_features
-        is_half = x.dtype in (torch.float16, torch.bfloat16)
-        return is_half and num_rows <= CPU_INT4_MAX_ROWS and can_pack_for_cpu(self.weight, self.in_features)
+        """Whether a packed weight would be used for this input."""
+        return self.packed is None and x.dtype in (torch.float16, torch.bfloat16)
 
     def pack(self) -> None:
-        """Give an int4 weight on a CPU the order of torch's operator. The published bytes go, so memory stays the same."""
-        weight = self.weight
-        if weight.dtype != torch.int8:
-            return  # Another thread was faster.
-        packed = pack_for_cpu(weight)
-        # In this order, for another thread that multiplies meanwhile.
-        self.group_scales = cpu_group_scales(self.weight_scale, packed) if self.group_size else None
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        """Make the copy of the weight that this device multiplies with fastest, if it wants one."""
+        packed = pack_weight(self.weight, self.weight_scale, self.in_features)
+        if packed is not None:
+            # In this order, for another thread that multiplies meanwhile.
+            self.packed_scales, self.packed = packed[1], packed[0]
 
     def unpack(self) -> None:
-        """Take the published bytes back, if they went."""
-        if self.weight.dtype == torch.uint8:
-            codes = pack_int4(unpack_for_cpu(self.weight, self.out_features))
-            self.weight = nn.Parameter(codes, requires_grad=False)
-            self.group_scales = None
+        """Drop that copy."""
+        self.packed = self.packed_scales = None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight as floats, `[out, in]`; by default in the dtype of the bias, or of the scale where there is none."""

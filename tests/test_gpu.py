@@ -57,6 +57,11 @@ def kernels(source: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
+def gpu_kernels(source: Callable[[str], ModuleType]) -> ModuleType:
+    return source("quantization_triton")
+
+
+@pytest.fixture(scope="module")
 def make_weight(source: Callable[[str], ModuleType]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     def make(shape: str, scale_dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, torch.Tensor]:
         bits, out_features, in_features, group_size = SHAPES[shape]
@@ -129,15 +134,15 @@ def test_scales_of_any_dtype(scale_dtype: torch.dtype, shape: str, kernels: Modu
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 8])
 @pytest.mark.parametrize("shape", ["int8-query_key_value", "int4-query_key_value", "int4-64"])
 def test_any_split_gives_the_same_sum_each_time(
-    shape: str, num_splits: int, kernels: ModuleType, make_weight: Callable
+    shape: str, num_splits: int, kernels: ModuleType, gpu_kernels: ModuleType, make_weight: Callable
 ) -> None:
     bits, out_features, in_features, group_size = SHAPES[shape]
     weight, scale = make_weight(shape)
     x = torch.randn(5, in_features, device="cuda", dtype=torch.float16)
     is_hip = torch.version.hip is not None
-    config = kernels.few_rows_config(bits, group_size is not None, 5, out_features, in_features, 132, is_hip)
+    config = gpu_kernels.few_rows_config(bits, group_size is not None, 5, out_features, in_features, 132, is_hip)
     config = config._replace(num_splits=num_splits)
-    products = [kernels.run_few_rows(x, weight, scale, None, config, use_assembly=not is_hip) for _ in range(5)]
+    products = [gpu_kernels.run_few_rows(x, weight, scale, None, config, use_assembly=not is_hip) for _ in range(5)]
     product = products[0]
     assert all(again.equal(product) for again in products)
     decoded = kernels.dequantize_weight(weight, scale, in_features, torch.float64)
@@ -145,14 +150,16 @@ def test_any_split_gives_the_same_sum_each_time(
 
 
 @pytest.mark.parametrize("shape", ["int4-odd", "int4-32", "int4-128"])
-def test_the_way_without_assembly(shape: str, kernels: ModuleType, make_weight: Callable) -> None:
+def test_the_way_without_assembly(
+    shape: str, kernels: ModuleType, gpu_kernels: ModuleType, make_weight: Callable
+) -> None:
     bits, out_features, in_features, group_size = SHAPES[shape]
     weight, scale = make_weight(shape)
     decoded = kernels.dequantize_weight(weight, scale, in_features, torch.float64)
-    config = kernels.few_rows_config(bits, group_size is not None, 16, out_features, in_features, 132, True)
+    config = gpu_kernels.few_rows_config(bits, group_size is not None, 16, out_features, in_features, 132, True)
     for dtype, limit in LIMITS.items():
         x = torch.randn(16, in_features, device="cuda", dtype=dtype)
-        product = kernels.run_few_rows(x, weight, scale, None, config, use_assembly=False)
+        product = gpu_kernels.run_few_rows(x, weight, scale, None, config, use_assembly=False)
         assert_close_to(product, x.double() @ decoded.T, limit)
 
 

@@ -46,17 +46,27 @@ WEIGHTS = [(layout, shape) for layout in LAYOUTS for shape in SHAPES if (layout,
 
 @dataclass(frozen=True)
 class Weight:
-    """Codes as they are stored, their scales, and the same weight in float64 `[out, in]`."""
+    """Codes as they are stored, their scales, the same weight in float64 `[out, in]`, and its packed form if it has one."""
 
     codes: torch.Tensor
     scale: torch.Tensor
-    group_scales: torch.Tensor | None
     exact: torch.Tensor
+    packed: torch.Tensor | None = None
+    packed_scales: torch.Tensor | None = None
+
+    def tensors(self, bias: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
+        """What `quantized_linear` takes behind `x`."""
+        return self.codes, self.scale, bias, self.packed, self.packed_scales
 
 
 @pytest.fixture(scope="module")
 def kernels(source: Callable[[str], ModuleType]) -> ModuleType:
     return source("quantization_kernels")
+
+
+@pytest.fixture(scope="module")
+def cpu(source: Callable[[str], ModuleType]) -> ModuleType:
+    return source("quantization_cpu")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +81,7 @@ def random_codes(bits: int, *shape: int) -> torch.Tensor:
 
 
 @pytest.fixture
-def make_weight(kernels: ModuleType, pack_int4: Callable) -> Callable[..., Weight]:
+def make_weight(cpu: ModuleType, pack_int4: Callable) -> Callable[..., Weight]:
     def make(
         layout: str, shape: str | tuple[int, int, int | None], scale_dtype: torch.dtype = torch.float32
     ) -> Weight:
@@ -81,12 +91,9 @@ def make_weight(kernels: ModuleType, pack_int4: Callable) -> Callable[..., Weigh
         scale = scale.to(scale_dtype)
         exact = codes.double() * scale.double().repeat_interleave(group_size or in_features, dim=1)
         scale = scale if group_size else scale[:, 0].contiguous()
-        group_scales = None
         stored = codes if layout == "int8" else pack_int4(codes)
-        if layout == "packed":
-            stored = kernels.pack_for_cpu(stored)
-            group_scales = kernels.cpu_group_scales(scale, stored) if group_size else None
-        return Weight(stored, scale, group_scales, exact)
+        packed = cpu.pack_weight_for_cpu(stored, scale, in_features) if layout == "packed" else ()
+        return Weight(stored, scale, exact, *packed)
 
     return make
 
@@ -111,10 +118,10 @@ def test_every_way_is_the_product_with_the_decoded_weight(
     for num_rows in ROWS:
         x = torch.randn(num_rows, weight.exact.shape[1]).to(dtype)
         exact = x.double() @ weight.exact.T
-        product = kernels.quantized_linear(x, weight.codes, weight.scale, None, weight.group_scales)
+        product = kernels.quantized_linear(x, *weight.tensors())
         assert product.dtype == dtype
         assert_close_to(product, exact, limit_for(weight, dtype))
-        with_bias = kernels.quantized_linear(x, weight.codes, weight.scale, bias, weight.group_scales)
+        with_bias = kernels.quantized_linear(x, *weight.tensors(bias))
         assert_close_to(with_bias, exact + bias, limit_for(weight, dtype))
 
 
@@ -122,13 +129,13 @@ def test_every_way_is_the_product_with_the_decoded_weight(
 def test_any_number_of_dimensions(layout: str, kernels: ModuleType, make_weight: Callable[..., Weight]) -> None:
     weight = make_weight(layout, "rows")
     x = torch.randn(2, 3, 4, 256)
-    flat = kernels.quantized_linear(x.view(24, 256), weight.codes, weight.scale)
+    flat = kernels.quantized_linear(x.view(24, 256), *weight.tensors())
     for shaped in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
-        assert kernels.quantized_linear(shaped, weight.codes, weight.scale).equal(flat.view(2, 3, 4, 64))
-    one = kernels.quantized_linear(x[0, 0, 0], weight.codes, weight.scale)
+        assert kernels.quantized_linear(shaped, *weight.tensors()).equal(flat.view(2, 3, 4, 64))
+    one = kernels.quantized_linear(x[0, 0, 0], *weight.tensors())
     torch.testing.assert_close(one, flat[0], atol=1e-4, rtol=1e-5)
     for half in (x.bfloat16(), x.bfloat16()[:, :0]):
-        assert kernels.quantized_linear(half, weight.codes, weight.scale).shape == (*half.shape[:-1], 64)
+        assert kernels.quantized_linear(half, *weight.tensors()).shape == (*half.shape[:-1], 64)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -139,9 +146,7 @@ def test_scales_of_any_dtype(
     weight = make_weight(layout, "rows", scale_dtype)
     for dtype in LIMITS:
         x = torch.randn(2, 256).to(dtype)
-        assert_close_to(
-            kernels.quantized_linear(x, weight.codes, weight.scale), x.double() @ weight.exact.T, LIMITS[dtype]
-        )
+        assert_close_to(kernels.quantized_linear(x, *weight.tensors()), x.double() @ weight.exact.T, LIMITS[dtype])
 
 
 @pytest.mark.parametrize("layout", ["int8", "packed"])
@@ -150,11 +155,12 @@ def test_scales_of_rows_are_not_rounded_to_bfloat16(
 ) -> None:
     """A row of zeros with a single one picks a column, and the only rounding is that of the result."""
     weight = make_weight(layout, "rows")
-    product = kernels.quantized_linear(torch.eye(256)[:16].bfloat16(), weight.codes, weight.scale)
+    product = kernels.quantized_linear(torch.eye(256)[:16].bfloat16(), *weight.tensors())
     assert product.equal(weight.exact[:, :16].T.bfloat16())
 
 
-@pytest.mark.parametrize(("layout", "shape"), WEIGHTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", ["int8", "int4"])
 def test_decoding_is_exact(layout: str, shape: str, kernels: ModuleType, make_weight: Callable[..., Weight]) -> None:
     weight = make_weight(layout, shape)
     decoded = kernels.dequantize_weight(weight.codes, weight.scale, weight.exact.shape[1], torch.float32)
@@ -171,7 +177,7 @@ def test_gradient_to_the_input_and_the_bias(
     weight = make_weight(layout, shape)
     x = torch.randn(2, 3, weight.exact.shape[1]).to(dtype).requires_grad_()
     bias = torch.randn(len(weight.exact)).to(dtype).requires_grad_()
-    out = kernels.quantized_linear(x, weight.codes, weight.scale, bias, weight.group_scales)
+    out = kernels.quantized_linear(x, *weight.tensors(bias))
     grad = torch.randn(out.shape).to(dtype)
     out.backward(grad)
     assert x.grad.dtype == bias.grad.dtype == dtype
@@ -188,7 +194,7 @@ def test_the_output_may_be_changed_in_place(
     weight = make_weight(layout, shape)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2, 3, weight.exact.shape[1]).to(dtype).requires_grad_()
-        out = kernels.quantized_linear(x, weight.codes, weight.scale, None, weight.group_scales)
+        out = kernels.quantized_linear(x, *weight.tensors())
         out += 1
         (gradient,) = torch.autograd.grad(out.sum(), x)
         assert_close_to(gradient, weight.exact.sum(0).expand(2, 3, -1), LIMITS[dtype])
@@ -222,7 +228,7 @@ def test_torch_finds_nothing_wrong_with_the_operators(
     weight = make_weight(layout, shape)
     bias = torch.randn(len(weight.exact), requires_grad=True) if has_bias else None
     x = torch.randn(5, weight.exact.shape[1], requires_grad=True)
-    arguments = (x, weight.codes, weight.scale, bias, weight.group_scales)
+    arguments = (x, *weight.tensors(bias))
     torch.library.opcheck(kernels.multiply_operator, arguments)
     grad = torch.randn(5, len(weight.exact))
     torch.library.opcheck(kernels.quantized_linear_backward, (grad, weight.codes, weight.scale, weight.exact.shape[1]))
@@ -264,7 +270,7 @@ def test_compiled_equals_eager_for_any_number_of_rows(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The layout of torch's int4 operator
+# The published bytes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -284,72 +290,6 @@ def test_bytes_of_int4(kernels: ModuleType, pack_int4: Callable) -> None:
     )
 
 
-@pytest.mark.parametrize("out_features", [1, 16, 31, 32, 33, 64, 65, 127, 512, 577])
-def test_packing_for_cpu_loses_nothing(out_features: int, kernels: ModuleType, pack_int4: Callable) -> None:
-    codes = random_codes(4, out_features, 64)
-    packed = kernels.pack_for_cpu(pack_int4(codes))
-    block_rows = kernels.cpu_int4_layout()[0]
-    assert packed.dtype == torch.uint8
-    assert packed.shape == (-(-out_features // block_rows) * block_rows, 32)
-    assert kernels.unpack_for_cpu(packed, out_features).equal(codes)
-
-
-@pytest.mark.parametrize("out_features", [64, 128, 640])
-def test_packing_for_cpu_equals_torch(out_features: int, kernels: ModuleType, pack_int4: Callable) -> None:
-    codes = random_codes(4, out_features, 96)
-    expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
-    assert kernels.pack_for_cpu(pack_int4(codes)).equal(expected.view(out_features, 48))
-
-
-def test_what_can_be_packed(kernels: ModuleType) -> None:
-    weight = torch.zeros(32, 32, dtype=torch.int8)
-    assert kernels.can_pack_for_cpu(weight, 64)
-    assert not kernels.can_pack_for_cpu(weight, 32)  # int8 codes
-    assert not kernels.can_pack_for_cpu(weight[:, :18], 36)
-    assert not kernels.can_pack_for_cpu(kernels.pack_for_cpu(weight), 64)
-    assert not kernels.can_pack_for_cpu(weight.to("meta"), 64)
-
-
-@pytest.mark.parametrize("fault", ["missing", "other order", "nothing"])
-def test_a_processor_with_another_layout(fault: str, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def convert(weight: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
-        if fault == "missing":
-            raise RuntimeError("not on this processor")
-        highest = 1 if fault == "nothing" else 256
-        return torch.randint(0, highest, (weight.shape[0], weight.shape[1] // 2), dtype=torch.uint8)
-
-    kernels.cpu_int4_layout.cache_clear()
-    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", convert)
-    assert kernels.cpu_int4_layout() is None
-    assert not kernels.can_pack_for_cpu(torch.zeros(32, 32, dtype=torch.int8), 64)
-    kernels.cpu_int4_layout.cache_clear()
-
-
-def test_few_rows_go_to_the_operators_of_torch(
-    kernels: ModuleType, make_weight: Callable[..., Weight], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which way is taken shows in no result, only in the time it takes."""
-    taken = []
-    few_rows, many_rows = kernels.cpu_few_rows, kernels.cpu_many_rows
-    monkeypatch.setattr(kernels, "cpu_few_rows", lambda *args: taken.append("few") or few_rows(*args))
-    monkeypatch.setattr(kernels, "cpu_many_rows", lambda *args: taken.append("many") or many_rows(*args))
-
-    def way(layout: str, shape: str, num_rows: int, dtype: torch.dtype) -> str:
-        weight = make_weight(layout, shape)
-        x = torch.zeros(num_rows, weight.exact.shape[1], dtype=dtype)
-        kernels.quantized_linear(x, weight.codes, weight.scale, None, weight.group_scales)
-        return taken.pop()
-
-    for dtype in (torch.bfloat16, torch.float16):
-        assert [way("int8", "rows", rows, dtype) for rows in (1, 16, 17)] == ["few", "few", "many"]
-        assert [way("packed", "rows", rows, dtype) for rows in (1, 40, 41)] == ["few", "few", "many"]
-        assert way("packed", "groups-32", 1, dtype) == "few"
-        # In bfloat16 the int8 operator is wrong where columns do not come in thirty-twos.
-        assert way("int8", "narrow", 1, dtype) == way("int4", "rows", 1, dtype) == "many"
-        assert way("int8", "groups-32", 1, dtype) == "many"
-    assert way("int8", "rows", 1, torch.float32) == way("packed", "rows", 1, torch.float32) == "many"
-
-
 def test_large_sums_do_not_overflow_float16(kernels: ModuleType, make_weight: Callable[..., Weight]) -> None:
     """Sums of codes are larger than those of weights; what is large is scaled before it is rounded to float16."""
     for layout in LAYOUTS:
@@ -366,4 +306,4 @@ def test_the_kernel_twin_for_other_devices(kernels: ModuleType, make_weight: Cal
     weight = make_weight("int4", "groups-64")
     x = torch.randn(5, 128)
     decoded = kernels.dequantize_weight(weight.codes, weight.scale, 128, torch.float32)
-    torch.testing.assert_close(kernels.quantized_linear(x, weight.codes, weight.scale), F.linear(x, decoded))
+    torch.testing.assert_close(kernels.quantized_linear(x, *weight.tensors()), F.linear(x, decoded))

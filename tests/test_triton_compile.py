@@ -86,7 +86,7 @@ def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def kernels(source: Callable[[str], ModuleType]) -> ModuleType:
-    return source("quantization_kernels")
+    return source("quantization_triton")
 
 
 def compile_kernel(

@@ -18,6 +18,7 @@ file, which prints the error of every case. It cannot multiply bfloat16 and know
 here instruction by instruction, for every byte.
 """
 
+import importlib
 import json
 import os
 import re
@@ -136,7 +137,7 @@ def words_to_bytes(*words: int) -> bytes:
 @pytest.mark.parametrize("is_bfloat16", [False, True])
 def test_assembly_decodes_every_byte(source: Callable[[str], ModuleType], is_bfloat16: bool) -> None:
     kernels = source("quantization_kernels")
-    text = kernels.write_int4_assembly(is_bfloat16)
+    text = source("quantization_triton").write_int4_assembly(is_bfloat16)
     for first in range(256):
         # Four different bytes in each word, so that one taken from a wrong place shows.
         stored = bytes((first + step) % 256 for step in (0, 37, 74, 111, 148, 185, 222, 3))
@@ -165,14 +166,16 @@ def greatest_error(result: torch.Tensor, expected: torch.Tensor) -> float:
     return torch.nan_to_num(error, nan=float("inf")).item()
 
 
-def product_error(kernels: ModuleType, layout: str, out_features: int, in_features: int, group_size, *launch) -> float:
+def product_error(
+    kernels: ModuleType, gpu_kernels: ModuleType, layout: str, out_features: int, in_features: int, group_size, *launch
+) -> float:
     rows, parts, dtype, scale_dtype, has_bias = launch
     weight, scale = make_weight(layout, out_features, in_features, group_size, scale_dtype)
     x = torch.randn(rows, in_features).to(getattr(torch, dtype))
     bias = torch.randn(out_features) if has_bias else None
     bits = 8 if layout == "int8" else 4
-    config = kernels.few_rows_config(bits, group_size is not None, rows, out_features, in_features, 1, False)
-    result = kernels.run_few_rows(x, weight, scale, bias, config._replace(num_splits=parts), use_assembly=False)
+    config = gpu_kernels.few_rows_config(bits, group_size is not None, rows, out_features, in_features, 1, False)
+    result = gpu_kernels.run_few_rows(x, weight, scale, bias, config._replace(num_splits=parts), use_assembly=False)
     decoded = kernels.dequantize_weight(weight, scale, in_features, torch.float64)
     assert result.dtype == x.dtype
     return greatest_error(result, F.linear(x.double(), decoded, None if bias is None else bias.double()))
@@ -187,11 +190,13 @@ def linear_error(kernels: ModuleType, layout: str, rows: int, in_features: int =
 
 
 def print_errors() -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import quantization_kernels as kernels
-
+    package = sys.modules["chatglm_source"] = ModuleType("chatglm_source")
+    package.__path__ = [str(Path(__file__).resolve().parent.parent)]
+    kernels, gpu_kernels = (
+        importlib.import_module(f"chatglm_source.quantization_{name}") for name in ("kernels", "triton")
+    )
     torch.manual_seed(0)
-    found = {name(case): product_error(kernels, *case) for case in PRODUCTS}
+    found = {name(case): product_error(kernels, gpu_kernels, *case) for case in PRODUCTS}
     for layout, out_features, in_features, group_size, dtype in DEQUANTIZED:
         weight, scale = make_weight(layout, out_features, in_features, group_size, "float16")
         arguments = (weight, scale, in_features, getattr(torch, dtype))
