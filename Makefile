@@ -11,6 +11,8 @@
 PYTHON ?= python3
 MODEL ?= examples/tiny-chatglm3
 ARGS ?=
+# Tests that run at the same time.
+WORKERS ?= 2
 
 NEWEST := .venv
 FLOOR := .venv-floor
@@ -26,16 +28,16 @@ chat: setup
 	@$(NEWEST)/bin/python examples/chat.py $(MODEL) $(ARGS)
 
 test: setup
-	$(NEWEST)/bin/python -m pytest -m 'not grid' $(ARGS)
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m 'not grid' $(ARGS)
 
 test-grid: setup
-	$(NEWEST)/bin/python -m pytest -m grid $(ARGS)
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m grid $(ARGS)
 
 test-floor: $(FLOOR)/installed
-	$(FLOOR)/bin/python -m pytest -m floor $(ARGS)
+	$(FLOOR)/bin/python -m pytest -n $(WORKERS) -m floor $(ARGS)
 
 conformance: setup $(CONFORMANCE)/unpacked
-	$(NEWEST)/bin/python -m pytest -o addopts=--strict-markers tests/conformance $(ARGS)
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -o addopts=--strict-markers tests/conformance $(ARGS)
 
 style: setup
 	$(NEWEST)/bin/ruff format --check .

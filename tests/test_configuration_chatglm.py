@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from generations import RECORDED
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
@@ -28,15 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 pytestmark = pytest.mark.floor
 
-GENERATIONS = {
-    "chatglm1": "chatglm",
-    "chatglm2": "chatglm2",
-    "chatglm2-32k": "chatglm2",
-    "chatglm2-int4": "chatglm2",
-    "chatglm3": "chatglm3",
-    "chatglm3-32k": "chatglm3",
-    "glm4": "glm4",
-}
+GENERATIONS = {name: case.model_version for name, case in RECORDED.items()}
 NAMES = [
     ("num_layers", "num_hidden_layers"),
     ("padded_vocab_size", "vocab_size"),

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from generations import GENERATION_CASES
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,13 +40,12 @@ from transformers import (
 )
 
 
-CASES = ["chatglm1", "chatglm2", "chatglm3", "glm4"]
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
 Pair = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=GENERATION_CASES)
 def pair(
     request: pytest.FixtureRequest, case_model: Callable[[str], Any], case_tokenizer: Callable[[str], Any]
 ) -> Pair:

@@ -27,6 +27,7 @@ from typing import Any
 
 import pytest
 import torch
+from generations import ALL_CASES, CAUSAL_CASES, CLASSIFIER_CASES, FLOAT_CASES
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -40,15 +41,11 @@ from transformers import (
 
 pytestmark = pytest.mark.floor
 
-# Add a generation here once it is supported.
-CASES = ["chatglm1", "chatglm2", "chatglm2-32k", "chatglm2-int4", "chatglm3", "chatglm3-32k", "glm4"]
-CLASSIFIER_CASES = ["chatglm2", "chatglm3", "chatglm3-32k", "glm4"]
 # ChatGLM-6B's prompts with a `[MASK]` in the text, with and without a `[gMASK]` at its end.
-PROMPTS = [*((name, "single") for name in CASES), ("chatglm1", "mask"), ("chatglm1", "both")]
+PROMPTS = [*((name, "single") for name in ALL_CASES), ("chatglm1", "mask"), ("chatglm1", "both")]
 # Half precision of what is quantized already was not recorded.
-HALF_CASES = [name for name in CASES if name != "chatglm2-int4"]
 # The published auto_map of the others does not have AutoModelForCausalLM.
-CAUSAL_LM_CASES = [name for name in CASES if name not in ("chatglm1", "chatglm2-int4")]
+CAUSAL_FLOAT_CASES = [name for name in FLOAT_CASES if name in CAUSAL_CASES]
 
 # ChatGLM-6B's published names of parameters, and ours.
 CHATGLM_6B_NAMES = {
@@ -126,7 +123,7 @@ def loss_and_gradients(
     return loss.detach(), torch.autograd.grad(loss, [parameters[own_name(name)] for name in names])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_tokenizer_gives_the_recorded_ids_and_positions(name: str, case: Named, case_tokenizer: Named):
     recorded = case(name)
     single, batch = encode(case_tokenizer(name), recorded)
@@ -142,7 +139,7 @@ def test_tokenizer_gives_the_recorded_ids_and_positions(name: str, case: Named, 
         assert batch["attention_mask"].sum(1).tolist() == recorded.expected["batch"]["lengths"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_single_prompt(name: str, case: Named, case_model: Named, case_tokenizer: Named):
     tensors, model = case(name).tensors, case_model(name)
     single, _ = encode(case_tokenizer(name), case(name))
@@ -157,7 +154,7 @@ def test_single_prompt(name: str, case: Named, case_model: Named, case_tokenizer
         assert_within_relative(hidden_state, tensors[f"single.hidden_states.{index}"], HIDDEN_LIMIT)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_positions_may_be_left_out(name: str, case: Named, case_model: Named):
     tensors, model = case(name).tensors, case_model(name)
     with torch.no_grad():
@@ -202,7 +199,7 @@ def test_beam_search(name: str, prompt: str, case: Named, case_model: Named):
     assert_within(output.sequences_scores, torch.tensor(expected["beam3_sum_logprobs"]), LOGITS_LIMIT)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_padded_batch(name: str, case: Named, case_model: Named, case_tokenizer: Named):
     tensors, expected = case(name).tensors, case(name).expected["batch"]
     _, batch = encode(case_tokenizer(name), case(name))
@@ -214,7 +211,7 @@ def test_padded_batch(name: str, case: Named, case_model: Named, case_tokenizer:
 
 
 @pytest.mark.parametrize("rows", ["single", "batch"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_early_stop(name: str, rows: str, case: Named, case_model: Named, case_tokenizer: Named):
     expected = case(name).expected["early_stop"][rows]
     single, batch = encode(case_tokenizer(name), case(name))
@@ -224,7 +221,7 @@ def test_early_stop(name: str, rows: str, case: Named, case_model: Named, case_t
     assert new_ids.tolist() == ([expected["new_ids"]] if rows == "single" else expected["new_ids"])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_loss_and_gradients(name: str, case: Named, case_model: Named):
     recorded = case(name)
     names = [key.removeprefix("grad.") for key in recorded.tensors if key.startswith("grad.")]
@@ -247,7 +244,7 @@ def prefix(request: pytest.FixtureRequest, name: str, case: Named) -> Prefix:
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_ptuning(name: str, prefix: Prefix, case: Named, case_folder: Named, case_tokenizer: Named):
     recorded, numbers = case(name), prefix.numbers
     model = load(
@@ -301,7 +298,7 @@ def test_sequence_classification(name: str, tmp_path: Path, case: Named, case_fo
 
 
 @pytest.mark.parametrize("dtype", HALF_LIMIT)
-@pytest.mark.parametrize("name", HALF_CASES)
+@pytest.mark.parametrize("name", FLOAT_CASES)
 def test_half_precision(name: str, dtype: str, case: Named, case_folder: Named, case_tokenizer: Named):
     expected = case(name).tensors[f"{dtype}.logits"]
     single, _ = encode(case_tokenizer(name), case(name))
@@ -313,7 +310,7 @@ def test_half_precision(name: str, dtype: str, case: Named, case_folder: Named, 
 
 
 @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM])
-@pytest.mark.parametrize("name", CAUSAL_LM_CASES)
+@pytest.mark.parametrize("name", CAUSAL_FLOAT_CASES)
 def test_every_auto_class_gives_the_same_model(
     name: str, auto_class: type, case: Named, case_folder: Named, case_model: Named
 ):
@@ -338,7 +335,7 @@ for folder in sys.argv[1:]:
 
 def test_loading_prints_nothing(case_folder: Named):
     """No warning about stored rotary buffers, unknown keys or anything else, in a process of its own."""
-    folders = [str(case_folder(name)) for name in CASES]
+    folders = [str(case_folder(name)) for name in ALL_CASES]
     result = subprocess.run([sys.executable, "-c", LOAD_QUIETLY, *folders], capture_output=True, text=True)
     assert result.stdout + result.stderr == ""
     assert result.returncode == 0

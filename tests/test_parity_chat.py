@@ -32,16 +32,11 @@ from typing import Any
 
 import pytest
 import torch
+from generations import ALL_CASES, CAUSAL_CASES, ROLE_CASES
 from transformers import BatchEncoding, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 
 pytestmark = pytest.mark.floor
-
-# Add a generation here once it is supported.
-CASES = ["chatglm1", "chatglm2", "chatglm2-32k", "chatglm2-int4", "chatglm3", "chatglm3-32k", "glm4"]
-WITH_ROLES = ["chatglm3", "chatglm3-32k", "glm4"]
-STREAMS = [name for name in CASES if name != "chatglm1"]
-DROPS_THE_LAST_TOKEN = ["chatglm3", "chatglm3-32k", "glm4"]
 
 Named = Callable[[str], Any]
 Turn = dict[str, Any]
@@ -110,12 +105,12 @@ def opening_of(turn: Turn) -> History:
     return recorded_history(turn["history"])[:-2]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_chat(name: str, case: Named, case_model: Named, case_tokenizer: Named):
     check_chat(name, case(name).expected["chat"]["chat"], [], case_model(name), case_tokenizer(name))
 
 
-@pytest.mark.parametrize("name", WITH_ROLES)
+@pytest.mark.parametrize("name", ROLE_CASES)
 def test_chat_with_system_and_observation(name: str, case: Named, case_model: Named, case_tokenizer: Named):
     recorded = case(name).expected["chat"]["chat_system_observation"]
     opening = opening_of(recorded[0])
@@ -135,13 +130,13 @@ def check_chat(
         assert recorder.prompt == turn["input_ids"]
         assert recorder.new_ids == turn["new_ids"]
         assert response == final
-        published = turn["new_ids"][:-1] if name in DROPS_THE_LAST_TOKEN else turn["new_ids"]
+        published = turn["new_ids"][:-1] if name in ROLE_CASES else turn["new_ids"]
         assert turn["response"] == tokenizer.decode(published).strip()
         assert new_history == with_answer(turn["history"], final)
         assert given == history
 
 
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("name", CAUSAL_CASES)
 def test_stream_chat(name: str, case: Named, case_model: Named, case_tokenizer: Named):
     model, tokenizer, recorded = case_model(name), case_tokenizer(name), case(name).expected["chat"]["stream_chat"]
     assert len(recorded) == 2
@@ -185,7 +180,7 @@ def common_prefix(left: list[int], right: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
 
 
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("name", CAUSAL_CASES)
 def test_stream_chat_with_a_cache(name: str, case: Named, case_model: Named, case_tokenizer: Named):
     model, tokenizer, recorded = case_model(name), case_tokenizer(name), case(name).expected["chat"]
     first, second = recorded["stream_chat_past"][0], recorded["stream_chat"][1]
@@ -214,7 +209,7 @@ def test_stream_chat_with_a_cache(name: str, case: Named, case_model: Named, cas
     assert fed[0] < len(second["input_ids"])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_recorded_turns_are_encoded_by_the_tokenizer(name: str, case: Named, case_tokenizer: Named):
     recorded, tokenizer = case(name).expected["chat"], case_tokenizer(name)
     for kind in recorded.keys() - {"stream_chat_past"}:

@@ -19,17 +19,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from generations import TINY
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 
 ModelMaker = Callable[..., PreTrainedModel]
-VERSIONS = {
-    "chatglm": {"model_version": "chatglm", "multi_query_attention": False, "add_bias_linear": True},
-    "chatglm2": {"model_version": "chatglm2"},
-    "chatglm3": {},
-    "glm4": {"model_version": "glm4"},
-}
 IDS = torch.arange(5, 17).view(1, -1)
 # What the published code of ChatGLM-6B calls its layers, and what they are called here.
 CHATGLM_6B_ADAPTER_NAMES = {r"transformer\.layers": "transformer.encoder.layers", r"\.attention\.": ".self_attention."}
@@ -38,8 +33,7 @@ CHATGLM_6B_ADAPTER_NAMES = {r"transformer\.layers": "transformer.encoder.layers"
 @pytest.fixture
 def make_model(tiny_model: ModelMaker) -> ModelMaker:
     def make(version: str = "chatglm3") -> PreTrainedModel:
-        special_ids = {"bos_token_id": 90, "mask_token_id": 86, "gmask_token_id": 87} if version == "chatglm" else {}
-        return tiny_model(**VERSIONS[version], **special_ids)
+        return tiny_model(**TINY[version])
 
     return make
 
@@ -61,14 +55,14 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(input_ids=IDS, position_ids=torch.arange(IDS.shape[1])[None]).logits
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", TINY)
 def test_all_linear_is_all_but_the_output_layer(make_model: ModelMaker, version: str) -> None:
     adapted = add_lora(make_model(version), target_modules="all-linear")
     wrapped = {name.rpartition(".")[2] for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
     assert wrapped == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", TINY)
 def test_published_adapters_load(make_model: ModelMaker, version: str, tmp_path: Path) -> None:
     adapted = add_lora(make_model(version))
     expected = logits(adapted)
@@ -147,7 +141,7 @@ def test_queries_and_values_alone(make_model: ModelMaker, version: str) -> None:
         assert weight[: keys.start].any() and weight[keys.stop :].any()
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", TINY)
 def test_adalora_moves_ranks(make_model: ModelMaker, version: str) -> None:
     config = peft.AdaLoraConfig(
         init_r=6,

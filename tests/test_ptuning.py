@@ -24,6 +24,14 @@ from typing import Any
 
 import pytest
 import torch
+from generations import (
+    GMASK,
+    START,
+    TINY,
+    every_case,
+    every_generation,
+    every_generation_case,
+)
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -39,23 +47,6 @@ from transformers import (
 
 ModelMaker = Callable[..., PreTrainedModel]
 
-CASES = ["chatglm1", "chatglm2", "chatglm2-32k", "chatglm2-int4", "chatglm3", "chatglm3-32k", "glm4"]
-GMASK, START = 91, 94
-VERSIONS: dict[str, dict[str, Any]] = {
-    "chatglm": {
-        "model_version": "chatglm",
-        "multi_query_attention": False,
-        "add_bias_linear": True,
-        "bos_token_id": START,
-        "eos_token_id": 95,
-        "pad_token_id": 3,
-    },
-    "chatglm2": {"model_version": "chatglm2", "rope_ratio": 4},
-    "chatglm3": {},
-    "glm4": {"model_version": "glm4", "rope_ratio": 500, "multi_query_group_num": 4},
-}
-every_version = pytest.mark.parametrize("version", VERSIONS)
-every_causal_version = pytest.mark.parametrize("version", [name for name in VERSIONS if name != "chatglm"])
 either_projection = pytest.mark.parametrize("projection", [False, True], ids=["plain", "projection"])
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": 98}
 PREFIX = "transformer.prefix_encoder."
@@ -66,7 +57,7 @@ def model(tiny_model: ModelMaker) -> ModelMaker:
     """A small model of a generation, by default with a prefix of 5."""
 
     def make(version: str = "chatglm3", head: str = "ChatGLMForConditionalGeneration", **changes: Any) -> Any:
-        return tiny_model(head, **VERSIONS[version] | {"pre_seq_len": 5} | changes)
+        return tiny_model(head, **TINY[version] | {"pre_seq_len": 5} | changes)
 
     return make
 
@@ -92,7 +83,7 @@ def padded(rows: torch.Tensor, side: str, drop: int = 4) -> tuple[torch.Tensor, 
 
 @pytest.mark.floor
 @either_projection
-@every_version
+@every_generation
 def test_every_cache_gives_the_same_ids(model: ModelMaker, version: str, projection: bool) -> None:
     chatglm, rows = model(version, prefix_projection=projection), prompt(version)
     ids, mask = padded(rows, "left")
@@ -126,7 +117,7 @@ def test_every_cache_gives_the_same_ids(model: ModelMaker, version: str, project
 @pytest.mark.floor
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@every_version
+@every_generation
 def test_padded_equals_alone(model: ModelMaker, version: str, implementation: str, side: str) -> None:
     chatglm, rows = model(version), prompt(version)
     chatglm.set_attn_implementation(implementation)
@@ -137,7 +128,7 @@ def test_padded_equals_alone(model: ModelMaker, version: str, implementation: st
         torch.testing.assert_close(actual[real], chatglm(row[None]).logits[0], atol=2e-5, rtol=1e-5)
 
 
-@every_version
+@every_generation
 def test_cached_equals_uncached(model: ModelMaker, version: str) -> None:
     chatglm, ids = model(version), prompt(version)
     positions = {}
@@ -154,7 +145,7 @@ def test_cached_equals_uncached(model: ModelMaker, version: str) -> None:
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=1e-5)
 
 
-@every_version
+@every_generation
 def test_beams_do_not_depend_on_the_cache(model: ModelMaker, version: str) -> None:
     chatglm = model(version)
     ids, mask = padded(prompt(version), "left")
@@ -165,7 +156,7 @@ def test_beams_do_not_depend_on_the_cache(model: ModelMaker, version: str) -> No
 
 
 @pytest.mark.parametrize("assistant_length", [None, 3, 60])
-@every_version
+@every_generation
 def test_drafts_do_not_change_the_answer(model: ModelMaker, version: str, assistant_length: int | None) -> None:
     chatglm, ids = model(version), prompt(version, 1)
     greedy = GREEDY | {"max_new_tokens": 25}
@@ -175,7 +166,7 @@ def test_drafts_do_not_change_the_answer(model: ModelMaker, version: str, assist
     assert torch.equal(chatglm.generate(ids, prompt_lookup_num_tokens=3, **greedy), expected)
 
 
-@every_version
+@every_generation
 def test_an_assistant_keeps_its_prefix(model: ModelMaker, version: str) -> None:
     """The library takes it for text, and would cut into one that is longer than the text."""
     chatglm, ids = model(version, pre_seq_len=60), prompt(version, 1)
@@ -192,7 +183,7 @@ def test_an_assistant_keeps_its_prefix(model: ModelMaker, version: str) -> None:
 
 @pytest.mark.floor
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-@every_version
+@every_generation
 def test_a_cache_is_continued(model: ModelMaker, version: str, kind: str) -> None:
     chatglm, ids = model(version), prompt(version)
     cache = DynamicCache() if kind == "dynamic" else StaticCache(config=chatglm.config, max_cache_len=60)
@@ -212,7 +203,7 @@ def test_a_chunk_cannot_continue_a_cache(model: ModelMaker) -> None:
         chatglm.generate_batch(inputs=ids.tolist())
 
 
-@pytest.mark.parametrize("name", ["chatglm1", "chatglm2", "chatglm3", "glm4"])
+@every_generation_case
 def test_a_conversation_keeps_its_cache(
     name: str, case_folder: Callable[[str], Path], case_tokenizer: Callable[[str], Any]
 ) -> None:
@@ -241,7 +232,7 @@ def test_a_conversation_keeps_its_cache(
 
 
 @pytest.mark.parametrize("training", [False, True])
-@every_version
+@every_generation
 def test_full_graph_compile_equals_eager(model: ModelMaker, version: str, training: bool) -> None:
     chatglm, ids = model(version), prompt(version)
     # The models of other tests count as recompilations.
@@ -281,7 +272,7 @@ def gradients(chatglm: PreTrainedModel, ids: torch.Tensor, **inputs: Any) -> dic
 @pytest.mark.floor
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @either_projection
-@every_version
+@every_generation
 def test_checkpointing_changes_no_gradient(
     model: ModelMaker, version: str, projection: bool, implementation: str
 ) -> None:
@@ -321,7 +312,7 @@ def test_checkpointed_layers_cannot_continue_a_cache(model: ModelMaker) -> None:
     assert torch.equal(chatglm.generate(ids, **GREEDY), expected)
 
 
-@every_version
+@every_generation
 def test_every_row_drops_out_alone_and_in_training_only(model: ModelMaker, version: str) -> None:
     chatglm, ids = model(version), prompt(version, 1).repeat(2, 1)
     calm = chatglm(ids).logits
@@ -335,7 +326,7 @@ def trained(chatglm: PreTrainedModel) -> set[str]:
 
 
 @pytest.mark.floor
-@pytest.mark.parametrize("name", ["chatglm1", "chatglm2", "chatglm3", "glm4"])
+@every_generation_case
 def test_a_new_prefix_is_what_training_scripts_expect(name: str, case_folder: Callable[[str], Path]) -> None:
     load = {"trust_remote_code": True, "pre_seq_len": 40}
     for projection in (False, True):
@@ -364,7 +355,7 @@ def test_a_head_is_trained_with_the_prefix(case_folder: Callable[[str], Path]) -
     assert "transformer.output_layer.weight" not in trained(classifier)
 
 
-@every_version
+@every_generation
 def test_nothing_but_the_prefix_is_trained(model: ModelMaker, version: str, tmp_path: Path) -> None:
     alone = {f"{PREFIX}embedding.weight"}
     chatglm = model(version)
@@ -385,7 +376,7 @@ def test_nothing_but_the_prefix_is_trained(model: ModelMaker, version: str, tmp_
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@every_version
+@every_generation
 def test_the_prefix_of_a_half_model_is_float32(
     model: ModelMaker, version: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -419,7 +410,7 @@ def test_a_prefix_made_from_a_configuration_is_float32(case_folder: Callable[[st
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@every_version
+@every_generation
 def test_a_prefix_is_trained_on_a_quantized_model(model: ModelMaker, version: str, bits: int) -> None:
     chatglm, ids = model(version), prompt(version)
     chatglm.quantize(bits)
@@ -441,7 +432,7 @@ def described(chatglm: PreTrainedModel) -> tuple[int | None, bool, list[str], se
 
 @pytest.mark.floor
 @pytest.mark.parametrize("variant", ["noproj", "proj"])
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_a_published_prefix_loads_in_one_call(
     name: str, variant: str, case: Callable[[str], Any], case_folder: Callable[[str], Path]
 ) -> None:
@@ -459,7 +450,7 @@ def test_a_published_prefix_loads_in_one_call(
 
 
 @either_projection
-@every_version
+@every_generation
 def test_a_saved_prefix_comes_back(model: ModelMaker, version: str, projection: bool, tmp_path: Path) -> None:
     chatglm, ids = model(version, prefix_projection=projection), prompt(version)
     names = {f"{PREFIX}{name}" for name, _ in chatglm.transformer.prefix_encoder.named_parameters()}
@@ -484,7 +475,7 @@ def test_a_saved_prefix_comes_back(model: ModelMaker, version: str, projection: 
 
 
 @pytest.mark.parametrize("form", ["folder", "sharded", "one bin", "sharded bin", "index", "short names"])
-@every_version
+@every_generation
 def test_a_prefix_is_taken_from_any_checkpoint(model: ModelMaker, version: str, form: str, tmp_path: Path) -> None:
     chatglm, ids = model(version, prefix_projection=True), prompt(version)
     path = tmp_path / "saved"

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from generations import FLOAT_CASES, RECORDED
 from sentencepiece import SentencePieceProcessor
 from tokenizers.decoders import DecodeStream
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
@@ -43,7 +44,6 @@ from transformers.utils.chat_parsing import ResponseParser
 pytestmark = pytest.mark.floor
 
 VERSIONS = ["chatglm2", "chatglm3"]
-CASES = ["chatglm1", "chatglm2", "chatglm2-32k", "chatglm3", "chatglm3-32k", "glm4"]
 WEATHER = {"name": "get_weather", "description": "查询天气", "parameters": {"type": "object", "properties": {}}}
 TOOL_CHAT = [
     {"role": "system", "content": "帮忙。"},
@@ -99,10 +99,6 @@ def bare_folder(reference_dir: Path, tmp_path: Path, copy_code: Callable[[Path],
     shutil.copyfile(reference_dir / "chatglm3" / "tokenizer.model", tmp_path / "tokenizer.model")
     copy_code(tmp_path)
     return tmp_path
-
-
-def generation(case: str) -> str:
-    return "chatglm" if case == "chatglm1" else case.split("-")[0]
 
 
 def texts(count: int, pieces: list[str]) -> Iterator[str]:
@@ -306,12 +302,12 @@ def test_loading_the_published_vocabulary_is_fast(real: Callable[..., Any]) -> N
 # The recorded conversations of the small checkpoints
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FLOAT_CASES)
 def test_recorded_chats(
     case: Callable[[str], Any], case_tokenizer: Callable[[str], Any], source: Callable[[str], ModuleType], name: str
 ) -> None:
     conversation, tokenizer = source("conversation_chatglm"), case_tokenizer(name)
-    version = generation(name)
+    version = RECORDED[name].model_version
     assert tokenizer.model_version == version
     for section, turns in case(name).expected["chat"].items():
         history: list[Any] = []
@@ -340,7 +336,7 @@ def test_recorded_chats(
             history = turn["history"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FLOAT_CASES)
 def test_recorded_training_examples(
     case: Callable[[str], Any], case_tokenizer: Callable[[str], Any], name: str
 ) -> None:
@@ -355,7 +351,7 @@ def test_recorded_training_examples(
     assert encoded["input_ids"][0, : len(prompt)].tolist() == prompt
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FLOAT_CASES)
 def test_recorded_batches(case: Callable[[str], Any], case_tokenizer: Callable[[str], Any], name: str) -> None:
     tokenizer, tensors, expected = case_tokenizer(name), case(name).tensors, case(name).expected
     encoded = tokenizer(expected["batch"]["texts"], padding=True, return_tensors="pt")

@@ -19,33 +19,19 @@ from typing import Any
 
 import pytest
 import torch
+from generations import GMASK, START, TINY, every_generation
 from transformers import PreTrainedModel
 
 
 ModelMaker = Callable[..., PreTrainedModel]
 
-GMASK, START = 91, 94
-VERSIONS: dict[str, dict[str, Any]] = {
-    "chatglm": {
-        "model_version": "chatglm",
-        "multi_query_attention": False,
-        "add_bias_linear": True,
-        "bos_token_id": START,
-        "eos_token_id": 95,
-        "pad_token_id": 3,
-    },
-    "chatglm2": {"model_version": "chatglm2", "rope_ratio": 4},
-    "chatglm3": {},
-    "glm4": {"model_version": "glm4", "rope_ratio": 500, "multi_query_group_num": 4},
-}
-every_version = pytest.mark.parametrize("version", VERSIONS)
 every_attention = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 
 
 @pytest.fixture
 def model(tiny_model: ModelMaker) -> ModelMaker:
     def make(version: str, **changes: Any) -> PreTrainedModel:
-        return tiny_model(**VERSIONS[version] | changes)
+        return tiny_model(**TINY[version] | changes)
 
     return make
 
@@ -68,7 +54,7 @@ def gradients(chatglm: PreTrainedModel, **inputs: Any) -> dict[str, torch.Tensor
 
 @every_attention
 @pytest.mark.parametrize("name", ["attention_dropout", "hidden_dropout"])
-@every_version
+@every_generation
 def test_dropout_acts_in_training_only(model: ModelMaker, version: str, name: str, implementation: str) -> None:
     ids, chatglm = prompt(version), model(version, **{name: 0.5})
     chatglm.set_attn_implementation(implementation)
@@ -81,7 +67,7 @@ def test_dropout_acts_in_training_only(model: ModelMaker, version: str, name: st
 
 @pytest.mark.floor
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@every_version
+@every_generation
 def test_checkpointing_changes_no_gradient(model: ModelMaker, version: str, use_reentrant: bool) -> None:
     chatglm = model(version, attention_dropout=0.2, hidden_dropout=0.2).train()
     inputs = {"input_ids": prompt(version), "labels": prompt(version)}
@@ -93,7 +79,7 @@ def test_checkpointing_changes_no_gradient(model: ModelMaker, version: str, use_
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@every_version
+@every_generation
 def test_an_adapter_in_a_frozen_model_gets_its_gradient(model: ModelMaker, version: str, use_reentrant: bool) -> None:
     chatglm = model(version).train()
     inputs = {"input_ids": prompt(version), "labels": prompt(version)}
@@ -109,7 +95,7 @@ def test_an_adapter_in_a_frozen_model_gets_its_gradient(model: ModelMaker, versi
     assert expected.abs().max() > 0
 
 
-@every_version
+@every_generation
 def test_new_tokens_are_learnt_and_saved(model: ModelMaker, version: str, tmp_path: Path) -> None:
     chatglm, ids = model(version).train(), prompt(version)
     with torch.no_grad():
@@ -139,7 +125,7 @@ def test_new_tokens_are_learnt_and_saved(model: ModelMaker, version: str, tmp_pa
     torch.testing.assert_close(again(ids).logits, chatglm(ids).logits)
 
 
-@every_version
+@every_generation
 def test_the_loss_of_half_logits_is_float32(model: ModelMaker, version: str) -> None:
     ids = prompt(version)
     for dtype in (torch.bfloat16, torch.float16):
@@ -153,7 +139,7 @@ def test_the_loss_of_half_logits_is_float32(model: ModelMaker, version: str) -> 
 @pytest.mark.floor
 @pytest.mark.parametrize("pre_seq_len", [None, 4])
 @every_attention
-@every_version
+@every_generation
 def test_empty_rows_make_nothing_infinite(
     model: ModelMaker, version: str, implementation: str, pre_seq_len: int | None
 ) -> None:
