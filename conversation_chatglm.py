@@ -15,11 +15,14 @@
 
 What is unusual here:
 
+- A generation is a `ConversationFormat`: data and a few methods. `RoundFormat` is for the generations that number
+  questions and answers in plain text (ChatGLM-6B, ChatGLM2), `RoleFormat` for those with a token for each role
+  (ChatGLM3, GLM-4). `CONVERSATION_FORMATS` holds them by name; another generation adds itself there.
 - A conversation is not one string. The published code tokenizes every piece of text on its own (a role token, then
   `metadata` and a newline, then the content), and each piece starts with SentencePiece's leading space. So a
   conversation is a list of `Segment`s here, and the tokenizer encodes one after the other.
-- ChatGLM-6B and ChatGLM2 have no role tokens: their rounds are plain text, encoded as a whole up to the answer that is
-  to be learnt. ChatGLM-6B sees them as context in both directions, so only the last answer can be learnt.
+- ChatGLM-6B reads everything before its answer in both directions, so only the last answer of a conversation can be
+  learnt. ChatGLM2 can learn all of them.
 - An answer of ChatGLM3 or GLM-4 starts with its `metadata`: empty for text, else the name of the tool it calls. A call
   is Python source, `tool_call(name=value, ...)`, or JSON. It is read as literals and never evaluated.
 - Messages come in three forms (pairs, the published dicts, OpenAI's dicts). `normalize_messages` turns them into the
@@ -35,34 +38,27 @@ import json
 import re
 import reprlib
 import tokenize
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+from .conversation_templates import (
+    CHATGLM2_TEMPLATE,
+    CHATGLM3_RESPONSE_TEMPLATE,
+    CHATGLM3_TEMPLATE,
+    CHATGLM_6B_TEMPLATE,
+    GLM4_RESPONSE_TEMPLATE,
+    GLM4_TEMPLATE,
+    GLM4_TOOL_NOTE,
+    GLM4_TOOLS_HEADING,
+    GLM4_TOOLS_PROMPT,
+    TOOLS_PROMPT,
+)
 
 
 Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "observation")
-
-# The tokens that end an answer, per generation: the keys are the generations this file knows.
-STOP_TOKENS: dict[str, tuple[str, ...]] = {
-    "chatglm": ("<eop>",),
-    "chatglm2": ("</s>",),
-    "chatglm3": ("</s>", "<|user|>", "<|observation|>"),
-    "glm4": ("<|endoftext|>", "<|user|>", "<|observation|>"),
-}
-
-# The generations that write rounds of text: the number of the first one, and what ends a line.
-ROUND_FORMS = {"chatglm": (0, "\n"), "chatglm2": (1, "\n\n")}
-
-# The system text that the demos of ChatGLM3 and of GLM-4 write above a list of tools.
-TOOLS_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
-GLM4_TOOLS_PROMPT = (
-    "你是一个名为 GLM-4 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
-    "你的任务是针对用户的问题和要求提供适当的答复和支持。"
-)
-# What GLM-4 writes between its system text and the tools, and below each of them.
-GLM4_TOOLS_HEADING = "\n\n# 可用工具"
-GLM4_TOOL_NOTE = "\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
 
 # A placeholder the models were trained to write for the date of their training, and what `chat` shows instead.
 TRAINING_TIME = ("[[训练时间]]", "2023年")
@@ -74,201 +70,6 @@ MAX_CALL_DEPTH = 32
 # ChatGLM-6B's ASCII punctuation next to Chinese characters, which its `chat` makes full-width.
 CHINESE_PUNCTUATION = re.compile("(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
 FULL_WIDTH = dict(zip(",!:;?", "，！：；？"))
-
-
-# How each generation's conversation reads as one string, for other programs and for people. Tags strip the white space
-# around them, so only what is inside `{{ }}` is written.
-CHAT_TEMPLATES = {
-    "chatglm": """{%- if tools %}
-    {{- raise_exception('ChatGLM-6B knows no tools') }}
-{%- endif %}
-{%- set first = 1 if messages[0]['role'] == 'system' else 0 %}
-{%- set is_single = messages | length - first <= 2 %}
-{%- for message in messages %}
-    {%- set turn = loop.index0 - first %}
-    {%- set content = message['content'] or '' %}
-    {%- if turn < 0 %}
-        {{- content + '\\n' if content }}
-    {%- elif message['role'] != ['user', 'assistant'][turn % 2] %}
-        {{- raise_exception('ChatGLM-6B writes rounds of one question and one answer') }}
-    {%- elif turn % 2 == 0 %}
-        {{- content if is_single else '[Round ' ~ (turn // 2) ~ ']\\n问：' ~ content ~ '\\n' }}
-        {{- '答：' if not is_single and (add_generation_prompt or not loop.last) }}
-        {{- '[gMASK]<sop>' if loop.last and add_generation_prompt }}
-    {%- elif not loop.last %}
-        {{- content + '\\n' }}
-    {%- elif add_generation_prompt %}
-        {{- raise_exception('The conversation ends with an answer, so there is nothing to answer') }}
-    {%- else %}
-        {{- '[gMASK]' }}
-        {%- generation %}{{ '<sop>' + content + '<eop>' }}{% endgeneration %}
-    {%- endif %}
-{%- endfor %}""",
-    "chatglm2": """[gMASK]sop
-{%- if tools %}
-    {{- raise_exception('ChatGLM2 knows no tools') }}
-{%- endif %}
-{%- set first = 1 if messages[0]['role'] == 'system' else 0 %}
-{%- for message in messages %}
-    {%- set turn = loop.index0 - first %}
-    {%- set content = message['content'] or '' %}
-    {%- if turn < 0 %}
-        {{- content + '\\n\\n' if content }}
-    {%- elif message['role'] != ['user', 'assistant'][turn % 2] %}
-        {{- raise_exception('ChatGLM2 writes rounds of one question and one answer') }}
-    {%- elif turn % 2 == 0 %}
-        {{- '[Round ' ~ (turn // 2 + 1) ~ ']\\n\\n问：' ~ content ~ '\\n\\n' }}
-        {{- '答：' if add_generation_prompt or not loop.last }}
-    {%- elif not loop.last %}
-        {%- generation %}{{ content }}{% endgeneration %}
-        {{- '\\n\\n' }}
-    {%- elif add_generation_prompt %}
-        {{- raise_exception('The conversation ends with an answer, so there is nothing to answer') }}
-    {%- else %}
-        {%- generation %}{{ content + '</s>' }}{% endgeneration %}
-    {%- endif %}
-{%- endfor %}""",
-    "chatglm3": """[gMASK]sop
-{%- if tools and tools[0]['function'] %}
-    {%- set tools = tools | map(attribute='function') | list %}
-{%- endif %}
-{%- if tools and messages[0]['role'] != 'system' %}
-    {{- '<|system|>\\n"""
-    + TOOLS_PROMPT
-    + """\\n' + tools | tojson(indent=4) }}
-{%- endif %}
-{%- for message in messages %}
-    {%- set role = 'observation' if message['role'] == 'tool' else message['role'] %}
-    {%- set content = message['content'] or '' %}
-    {%- if role not in ['system', 'user', 'assistant', 'observation'] %}
-        {{- raise_exception('Unknown role ' ~ role) }}
-    {%- elif role != 'assistant' %}
-        {%- set offered = message['tools'] if message['tools'] is defined else (tools if loop.first else none) %}
-        {{- '<|' + role + '|>' + (message['metadata'] or '') + '\\n' + content }}
-        {{- '\\n' + offered | tojson(indent=4) if role == 'system' and offered is not none }}
-    {%- else %}
-        {%- if content or not message['tool_calls'] %}
-            {{- '<|assistant|>' }}
-            {%- generation %}{{ (message['metadata'] or '') + '\\n' + content }}{% endgeneration %}
-        {%- endif %}
-        {%- for call in message['tool_calls'] or [] %}
-            {%- set function = call['function'] or call %}
-            {{- '<|assistant|>' }}
-            {%- generation %}
-                {{- function['name'] + '\\n```python\\ntool_call(' }}
-                {%- for name, value in function['arguments'].items() %}
-                    {{- name + '=' + '%r' | format(value) }}
-                    {{- ', ' if not loop.last }}
-                {%- endfor %}
-                {{- ')\\n```' }}
-            {%- endgeneration %}
-        {%- endfor %}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|assistant|>' }}
-{%- elif messages[-1]['role'] == 'assistant' %}
-    {%- generation %}{{ '</s>' }}{% endgeneration %}
-{%- endif %}""",
-    "glm4": """[gMASK]<sop>
-{%- macro sections(offered) %}
-    {%- for tool in offered %}
-        {{- '\\n\\n## ' + tool['name'] + '\\n\\n' + tool | tojson(indent=4) + '"""
-    + GLM4_TOOL_NOTE.replace("\n", "\\n")
-    + """' }}
-    {%- endfor %}
-{%- endmacro %}
-{%- if tools and tools[0]['function'] %}
-    {%- set tools = tools | map(attribute='function') | list %}
-{%- endif %}
-{%- if tools and messages[0]['role'] != 'system' %}
-    {{- '<|system|>\\n"""
-    + (GLM4_TOOLS_PROMPT + GLM4_TOOLS_HEADING).replace("\n", "\\n")
-    + """' + sections(tools) }}
-{%- endif %}
-{%- for message in messages %}
-    {%- set role = 'observation' if message['role'] == 'tool' else message['role'] %}
-    {%- set content = message['content'] or '' %}
-    {%- if role not in ['system', 'user', 'assistant', 'observation'] %}
-        {{- raise_exception('Unknown role ' ~ role) }}
-    {%- elif role != 'assistant' %}
-        {{- '<|' + role + '|>' + (message['metadata'] or '') + '\\n' + content }}
-        {%- if role == 'system' and message['tools'] is defined %}
-            {{- sections(message['tools']) }}
-        {%- elif role == 'system' and loop.first and tools %}
-            {{- '"""
-    + GLM4_TOOLS_HEADING.replace("\n", "\\n")
-    + """' + sections(tools) }}
-        {%- endif %}
-    {%- else %}
-        {%- if content or not message['tool_calls'] %}
-            {{- '<|assistant|>' }}
-            {%- generation %}{{ (message['metadata'] or '') + '\\n' + content }}{% endgeneration %}
-        {%- endif %}
-        {%- for call in message['tool_calls'] or [] %}
-            {%- set function = call['function'] or call %}
-            {%- set arguments = function['arguments'] %}
-            {{- '<|assistant|>' }}
-            {%- generation %}
-                {{- function['name'] + '\\n' + (arguments if arguments is string else arguments | tojson) }}
-            {%- endgeneration %}
-        {%- endfor %}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|assistant|>' }}
-{%- elif messages[-1]['role'] == 'assistant' %}
-    {%- generation %}{{ '<|endoftext|>' }}{% endgeneration %}
-{%- endif %}""",
-}
-
-# How the library's `parse_response` and its server read an answer; `read_answer` is the exact way.
-RESPONSE_TEMPLATES = {
-    "chatglm3": {
-        "defaults": {"role": "assistant"},
-        "start_anchor": "<|assistant|>",
-        "fields": {
-            "tool_calls": {
-                # No lookahead: the streaming parser would miss a delimiter that arrives in pieces.
-                "open_pattern": r"(?:^|<\|assistant\|>)\s*(?P<name>[^\s<`]+)[ ]*\n```\w*\n\s*tool_call\(",
-                "close_pattern": r"\s*```\s*",
-                "repeats": True,
-                "content": "xml-inline",
-                "content_args": {
-                    # Python writes 'text' where JSON writes "text": `string_delims` reads both.
-                    "tag_pattern": r"(?:^|,)\s*(?P<key>\w+)\s*=\s*(?P<value>'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
-                    r"|\[[^\]]*\]|\{[^}]*\}|[^,()]+)",
-                    "value_parser": {
-                        "name": "json",
-                        "args": {"string_delims": [["'", "'"]], "allow_non_json": True},
-                    },
-                },
-                "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
-            },
-            "content": {"close": ["<|user|>", "<|observation|>", "</s>"], "content": "text"},
-        },
-    },
-    "glm4": {
-        "defaults": {"role": "assistant"},
-        "start_anchor": "<|assistant|>",
-        "fields": {
-            "tool_calls": {
-                "open_pattern": r"(?:^|<\|assistant\|>|(?<=<\|assistant\|>))\s*(?P<name>[^\s<{]+)[ ]*\n\s*\{",
-                "close_pattern": r"\s*(?:<\|assistant\|>|<\|user\|>|<\|observation\|>|<\|endoftext\|>)",
-                "repeats": True,
-                # The brace that told a call from a text is gone, so what is in it is read pair by pair.
-                "content": "xml-inline",
-                "content_args": {
-                    "tag_pattern": r"\"(?P<key>(?:[^\"\\]|\\.)*)\"\s*:\s*(?P<value>\"(?:[^\"\\]|\\.)*\""
-                    r"|(?P<nest>[\[{](?:[^\[\]{}\"]|\"(?:[^\"\\]|\\.)*\"|(?&nest))*[\]}])|[^\s,}]+)",
-                    "value_parser": {"name": "json", "args": {"allow_non_json": True}},
-                },
-                "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
-            },
-            "content": {"close": ["<|user|>", "<|observation|>", "<|endoftext|>"], "content": "text"},
-        },
-    },
-}
 
 
 class Segment(NamedTuple):
@@ -287,143 +88,335 @@ class Segment(NamedTuple):
     answer_spans: tuple[tuple[int, int], ...] = ()
 
 
-def normalize_messages(history: Sequence[Any] | None, model_version: str) -> list[Message]:
-    """Bring a history of any form into the published message dicts.
+@dataclass(frozen=True, kw_only=True)
+class ConversationFormat:
+    """How one generation writes a conversation down and reads an answer back.
 
-    Args:
-        history: `None`, or a sequence of `(question, answer)` pairs and message dicts. A dict has `role` and
-            `content`, and may have `metadata` (assistant) and `tools` (system). OpenAI's form is understood: the role
-            `tool`, `tool_calls`, a `content` that is `None` or a list of text parts, tools wrapped in `function`.
-        model_version: the generation.
-
-    Returns:
-        New dicts, with roles out of `ROLES`; nothing of the caller's is changed or shared.
-
-    Raises:
-        TypeError, ValueError: for anything else, with the value and the form that is expected.
+    Attributes:
+        name: the generation, as `model_version` calls it.
+        opening_tokens: the control tokens that every encoding starts with.
+        stop_tokens: the tokens that end an answer. The first one also closes an answer that is to be learnt.
+        chat_template: the Jinja template that renders a conversation as one string.
+        response_template: how the library's `parse_response` reads an answer; `None` where an answer is plain text.
+        chat_defaults: the published defaults of `chat`, as arguments of `generate`. `max_length` counts the prompt.
+        uses_pairs: whether a history is natively a list of `(question, answer)` pairs instead of dicts.
+        knows_tools: whether tools can be offered and called.
     """
-    _check_model_version(model_version)
-    if history is None:
-        return []
-    if not isinstance(history, (list, tuple)):
-        raise TypeError(f"The history must be a list of messages or of pairs, got {reprlib.repr(history)}.")
-    messages: list[Message] = []
-    for index, item in enumerate(history):
-        if isinstance(item, Mapping):
-            messages += _normalize_message(item, f"messages[{index}]", model_version)
-        elif isinstance(item, (list, tuple)) and len(item) == 2 and all(isinstance(text, str) for text in item):
-            messages.append({"role": "user", "content": item[0]})
-            messages.append({"role": "assistant", "metadata": "", "content": item[1]})
-        else:
-            raise TypeError(
-                f"messages[{index}] must be a dict with `role` and `content`, or a (question, answer) pair of "
-                f"strings, got {reprlib.repr(item)}."
-            )
-    return messages
 
+    name: str
+    opening_tokens: tuple[str, ...] = ()
+    stop_tokens: tuple[str, ...]
+    chat_template: str = field(repr=False)
+    response_template: Mapping[str, Any] | None = field(default=None, repr=False)
+    chat_defaults: Mapping[str, Any]
 
-def add_tools(messages: Sequence[Message], tools: Sequence[Any] | None, model_version: str) -> list[Message]:
-    """Offer `tools` in the system message of a normalized conversation, which is added where there is none.
+    uses_pairs: ClassVar[bool]
+    knows_tools: ClassVar[bool]
 
-    Args:
-        messages: what `normalize_messages` returns; left as it is.
-        tools: descriptions of functions, in OpenAI's form or bare; `None` for no tools.
-        model_version: the generation, which has its own words for what comes next.
+    def normalize_messages(self, history: Sequence[Any] | None) -> list[Message]:
+        """Bring a history of any form into the published message dicts.
 
-    Raises:
-        TypeError: if `tools` is not a list of dicts.
-        ValueError: if the system message offers tools already.
-    """
-    messages = list(messages)
-    if tools is None:
+        Args:
+            history: `None`, or a sequence of `(question, answer)` pairs and message dicts. A dict has `role` and
+                `content`, and may have `metadata` (assistant) and `tools` (system). OpenAI's form is understood: the
+                role `tool`, `tool_calls`, a `content` that is `None` or a list of text parts, tools wrapped in
+                `function`.
+
+        Returns:
+            New dicts, with roles out of `ROLES`; nothing of the caller's is changed or shared.
+
+        Raises:
+            TypeError, ValueError: for anything else, with the value and the form that is expected.
+        """
+        if history is None:
+            return []
+        if not isinstance(history, (list, tuple)):
+            raise TypeError(f"The history must be a list of messages or of pairs, got {reprlib.repr(history)}.")
+        messages: list[Message] = []
+        for index, item in enumerate(history):
+            if isinstance(item, Mapping):
+                messages += self._normalize_message(item, f"messages[{index}]")
+            elif isinstance(item, (list, tuple)) and len(item) == 2 and all(isinstance(text, str) for text in item):
+                messages.append({"role": "user", "content": item[0]})
+                messages.append({"role": "assistant", "metadata": "", "content": item[1]})
+            else:
+                raise TypeError(
+                    f"messages[{index}] must be a dict with `role` and `content`, or a (question, answer) pair of "
+                    f"strings, got {reprlib.repr(item)}."
+                )
         return messages
-    # CODEPATH: glm4 has a heading above the tools; chatglm3 has none, the others refuse tools later.
-    is_glm4 = model_version == "glm4"
-    system = {"role": "system", "content": GLM4_TOOLS_PROMPT if is_glm4 else TOOLS_PROMPT}
-    if messages and messages[0]["role"] == "system":
-        system = messages.pop(0)
-        if "tools" in system:
-            raise ValueError("Tools were given twice: in the system message and as `tools`. Give them once.")
-    content = system["content"] + (GLM4_TOOLS_HEADING if is_glm4 else "")
-    return [{**system, "content": content, "tools": _normalize_tools(tools, "`tools`")}, *messages]
+
+    def add_tools(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Message]:
+        """Offer `tools` in the system message of a normalized conversation, which is added where there is none.
+
+        Args:
+            messages: what `normalize_messages` returns; left as it is.
+            tools: descriptions of functions, in OpenAI's form or bare; `None` for no tools.
+
+        Raises:
+            TypeError: if `tools` is not a list of dicts.
+            ValueError: if the system message offers tools already, or the generation knows no tools.
+        """
+        raise NotImplementedError
+
+    def segments(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Segment]:
+        """Write a conversation down, without the `opening_tokens`.
+
+        Args:
+            messages: what `normalize_messages` returns.
+            add_generation_prompt: end with what asks for an answer. Otherwise an answer at the end is closed by the
+                end token of the generation.
+
+        Raises:
+            ValueError: for a conversation that the generation has no form for (ChatGLM-6B and ChatGLM2: tools, roles
+                out of order; GLM-4: tools without a name).
+        """
+        raise NotImplementedError
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The text that asks for an answer, without the control tokens that the tokenizer adds to every text."""
+        return "".join(segment.text for segment in self.segments(messages))
+
+    def read_answer(self, text: str, messages: Sequence[Message]) -> tuple[str | dict[str, Any], list[Message]]:
+        """Read what the model wrote. Never raises and never evaluates: what cannot be read as a call is text.
+
+        Args:
+            text: the decoded answer without its stop token.
+            messages: the normalized conversation before it, which tells whether tools were offered.
+
+        Returns:
+            The response, and the assistant messages to append to the conversation. The response is a string, or for a
+            call `{"name", "parameters"}` if tools were offered and `{"name", "content"}` if not (code interpreter). An
+            answer of several parts gives one message each; the response is the last one's.
+        """
+        raise NotImplementedError
+
+    def native_history(self, messages: Sequence[Message]) -> list[Any]:
+        """Give a normalized conversation the form that the published `chat` of the generation returns.
+
+        Returns:
+            `(question, answer)` pairs where the generation uses them, unless there is a system message or an open
+            question, which pairs cannot hold. Otherwise message dicts.
+        """
+        roles = [message["role"] for message in messages]
+        if self.uses_pairs and roles == ["user", "assistant"] * (len(roles) // 2):
+            return [
+                (question["content"], answer["content"]) for question, answer in zip(messages[::2], messages[1::2])
+            ]
+        return copy.deepcopy(list(messages))
+
+    def write_tool_call(self, name: str, arguments: Mapping[str, Any] | str) -> Message:
+        """Write a call as the assistant message that the generation was taught: the inverse of `parse_tool_call`.
+
+        Args:
+            name: the function.
+            arguments: its arguments, as a dict or as the JSON text that OpenAI's API uses.
+
+        Raises:
+            ValueError: if the JSON text is not an object, or the generation knows no tools.
+        """
+        raise NotImplementedError
+
+    def _normalize_message(self, message: Mapping[str, Any], place: str) -> list[Message]:
+        role = "observation" if message.get("role") == "tool" else message.get("role")
+        if role not in ROLES:
+            raise ValueError(f"{place} has the role {role!r}; the roles are {', '.join(ROLES)} and OpenAI's tool.")
+        if "content" not in message and not message.get("tool_calls"):
+            raise ValueError(f"{place} has no `content`: {reprlib.repr(dict(message))}.")
+        normalized = {
+            key: copy.deepcopy(value)
+            for key, value in message.items()
+            if key not in ("tool_calls", "tool_call_id") and value is not None
+        }
+        normalized |= {"role": role, "content": _content_text(message.get("content"), place)}
+        if not isinstance(normalized.get("metadata", ""), str):
+            raise TypeError(f"The metadata of {place} must be a string, got {reprlib.repr(normalized['metadata'])}.")
+        if role == "system" and "tools" in normalized:
+            normalized["tools"] = _normalize_tools(normalized["tools"], f"`tools` of {place}")
+        calls = message.get("tool_calls") if role == "assistant" else None
+        if not calls:
+            return [normalized]
+        if not isinstance(calls, (list, tuple)):
+            raise TypeError(f"`tool_calls` of {place} must be a list, got {reprlib.repr(calls)}.")
+        written = [normalized] if normalized["content"] else []
+        for call in calls:
+            function = call.get("function", call) if isinstance(call, Mapping) else {}
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise ValueError(f"A tool call of {place} has no function name: {reprlib.repr(call)}.")
+            written.append(self.write_tool_call(function["name"], function.get("arguments") or {}))
+        return written
 
 
-def conversation_segments(
-    messages: Sequence[Message], model_version: str, add_generation_prompt: bool = True
-) -> list[Segment]:
-    """Write a conversation down, without the `[gMASK] sop` that every encoding but ChatGLM-6B's starts with.
+@dataclass(frozen=True, kw_only=True)
+class RoundFormat(ConversationFormat):
+    """Rounds of one question and one answer, as plain text, without tools.
 
-    Args:
-        messages: what `normalize_messages` returns.
-        model_version: the generation.
-        add_generation_prompt: end with what asks for an answer. Otherwise an answer at the end is closed by the end
-            token of the generation.
-
-    Raises:
-        ValueError: for a conversation that the generation has no form for (ChatGLM-6B and ChatGLM2: tools, roles out
-            of order; GLM-4: tools without a name).
+    Attributes:
+        first_round: the number of the first round.
+        newline: what ends a line.
+        numbers_single_round: whether a question without a history is numbered too.
+        answer_opening: the control tokens between the prompt and the answer; the last one is learnt with the answer.
+        learns_every_answer: whether answers before the last one can be learnt.
+        widens_punctuation: whether ASCII punctuation beside Chinese characters becomes full-width in an answer.
     """
-    _check_model_version(model_version)
-    # CODEPATH: chatglm and chatglm2 have rounds; chatglm3 and glm4 have role tokens.
-    if model_version in ROUND_FORMS:
-        return _round_segments(messages, model_version, add_generation_prompt)
-    return _role_segments(messages, model_version, add_generation_prompt)
 
+    first_round: int
+    newline: str
+    numbers_single_round: bool
+    answer_opening: tuple[str, ...] = ()
+    learns_every_answer: bool
+    widens_punctuation: bool
 
-def read_answer(
-    text: str, messages: Sequence[Message], model_version: str
-) -> tuple[str | dict[str, Any], list[Message]]:
-    """Read what the model wrote. Never raises and never evaluates: what cannot be read as a call is text.
+    uses_pairs: ClassVar[bool] = True
+    knows_tools: ClassVar[bool] = False
 
-    Args:
-        text: the decoded answer without its stop token.
-        messages: the normalized conversation before it, which tells whether tools were offered.
-        model_version: the generation.
+    def add_tools(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Message]:
+        """Refuse tools; see `ConversationFormat.add_tools`."""
+        if tools is not None:
+            raise _no_tools(tools)
+        return list(messages)
 
-    Returns:
-        The response, and the assistant messages to append to the conversation. The response is a string, or for a
-        call `{"name", "parameters"}` if tools were offered and `{"name", "content"}` if not (code interpreter). An
-        answer of several parts gives one message each; the response is the last one's.
-    """
-    # CODEPATH: answers of chatglm and chatglm2 are text; those of chatglm3 and glm4 have metadata.
-    if model_version in ROUND_FORMS:
+    def write_tool_call(self, name: str, arguments: Mapping[str, Any] | str) -> Message:
+        """Refuse the call; see `ConversationFormat.write_tool_call`."""
+        raise _no_tools(name)
+
+    def segments(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Segment]:
+        """See `ConversationFormat.segments`: the prompt is one piece, and the last answer another."""
+        system, rounds = _rounds(messages)
+        text = f"{system}{self.newline}" if system else ""
+        spans = []
+        for number, (question, answer) in enumerate(rounds, start=self.first_round):
+            if len(rounds) == 1 and not self.numbers_single_round:
+                text += question
+                continue
+            text += f"[Round {number}]{self.newline}问：{question}{self.newline}"
+            if answer is not None or add_generation_prompt:
+                text += "答："
+            if answer is not None and number - self.first_round < len(rounds) - 1:
+                spans.append((len(text), len(text) + len(answer)))
+                text += f"{answer}{self.newline}"
+        answer = rounds[-1][1] if rounds else None
+        if answer is not None and add_generation_prompt:
+            raise ValueError(
+                "The conversation ends with an answer, so there is nothing to answer: end it with a user message, or "
+                "pass add_generation_prompt=False."
+            )
+        segments = [Segment(text, False, False, tuple(spans) if self.learns_every_answer else ())]
+        if answer is not None or add_generation_prompt:
+            segments += [Segment(token, True) for token in self.answer_opening[:-1]]
+            # The published fine-tuning script of ChatGLM-6B makes the model learn `<sop>` as well.
+            segments += [Segment(token, True, answer is not None) for token in self.answer_opening[-1:]]
+        if answer is not None:
+            # The published fine-tuning scripts encode the answer to learn on its own, behind the prompt.
+            segments += [Segment(answer, False, True), Segment(self.stop_tokens[0], True, True)]
+        return segments
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """See `ConversationFormat.prompt_text`: the tokenizer adds the opening of an answer too."""
+        return self.segments(messages)[0].text
+
+    def read_answer(self, text: str, messages: Sequence[Message]) -> tuple[str | dict[str, Any], list[Message]]:
+        """See `ConversationFormat.read_answer`: an answer is text."""
         response = text.strip().replace(*TRAINING_TIME)
-        # CODEPATH: chatglm mixes the punctuation of two scripts; the others take the answer as it is.
-        if model_version == "chatglm":
+        if self.widens_punctuation:
             response = CHINESE_PUNCTUATION.sub(lambda match: FULL_WIDTH[match[0]], response)
         return response, [{"role": "assistant", "content": response}]
-    has_tools = any(message["role"] == "system" and "tools" in message for message in messages)
-    response: str | dict[str, Any] = ""
-    answers = []
-    for part in text.split("<|assistant|>"):
-        metadata, newline, content = part.partition("\n")
-        if not newline:
-            metadata, content = "", part
-        if not metadata.strip():
-            content = content.strip()
-            response = content.replace(*TRAINING_TIME)
-        elif not has_tools:
-            response = {"name": metadata.strip(), "content": content}
-        elif (parameters := parse_tool_call(content)) is not None:
-            response = {"name": metadata.strip(), "parameters": parameters}
-        else:
-            response = part.strip()
-        answers.append({"role": "assistant", "metadata": metadata, "content": content})
-    return response, answers
 
 
-def native_history(messages: Sequence[Message], model_version: str) -> list[Any]:
-    """Give a normalized conversation the form that the published `chat` of the generation returns.
+@dataclass(frozen=True, kw_only=True)
+class RoleFormat(ConversationFormat):
+    """Messages of any role in any order, each behind the token of its role, with tools.
 
-    Returns:
-        ChatGLM-6B and ChatGLM2: `(question, answer)` pairs, unless there is a system message or an open question,
-        which pairs cannot hold. Otherwise message dicts.
+    Attributes:
+        tools_prompt: the system text above tools that are offered without a system message.
+        tools_heading: what follows the system text where tools are offered beside the messages.
+        tools_text: writes the descriptions of tools behind the system text.
+        call_text: writes the arguments of a call.
     """
-    roles = [message["role"] for message in messages]
-    # CODEPATH: chatglm and chatglm2 have pairs; chatglm3 and glm4 have dicts.
-    if model_version in ROUND_FORMS and roles == ["user", "assistant"] * (len(roles) // 2):
-        return [(question["content"], answer["content"]) for question, answer in _pairs(messages)]
-    return copy.deepcopy(list(messages))
+
+    tools_prompt: str = field(repr=False)
+    tools_heading: str = ""
+    tools_text: Callable[[Sequence[Mapping[str, Any]]], str]
+    call_text: Callable[[Mapping[str, Any]], str]
+
+    uses_pairs: ClassVar[bool] = False
+    knows_tools: ClassVar[bool] = True
+
+    def add_tools(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Message]:
+        """See `ConversationFormat.add_tools`."""
+        messages = list(messages)
+        if tools is None:
+            return messages
+        system: Message = {"role": "system", "content": self.tools_prompt}
+        if messages and messages[0]["role"] == "system":
+            system = messages.pop(0)
+            if "tools" in system:
+                raise ValueError("Tools were given twice: in the system message and as `tools`. Give them once.")
+        content = system["content"] + self.tools_heading
+        return [{**system, "content": content, "tools": _normalize_tools(tools, "`tools`")}, *messages]
+
+    def write_tool_call(self, name: str, arguments: Mapping[str, Any] | str) -> Message:
+        """See `ConversationFormat.write_tool_call`."""
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"The arguments of the tool call {name!r} are not JSON: {error}.") from error
+        if not isinstance(arguments, Mapping):
+            raise ValueError(f"The arguments of the tool call {name!r} must be a dict, got {reprlib.repr(arguments)}.")
+        return {"role": "assistant", "metadata": name, "content": self.call_text(arguments)}
+
+    def segments(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Segment]:
+        """See `ConversationFormat.segments`: a role token, metadata with a newline, and content for each message."""
+        segments = []
+        was_answer = False
+        for message in messages:
+            content = message["content"]
+            if message["role"] == "system" and "tools" in message:
+                content += self.tools_text(message["tools"])
+            is_answer = message["role"] == "assistant"
+            # The model itself writes the role token that ends its answer, so that token belongs to the answer.
+            segments.append(Segment(f"<|{message['role']}|>", True, was_answer))
+            segments.append(Segment(f"{message.get('metadata', '')}\n", False, is_answer))
+            segments.append(Segment(content, False, is_answer))
+            was_answer = is_answer
+        if add_generation_prompt:
+            segments.append(Segment("<|assistant|>", True, was_answer))
+        elif was_answer:
+            segments.append(Segment(self.stop_tokens[0], True, True))
+        return segments
+
+    def read_answer(self, text: str, messages: Sequence[Message]) -> tuple[str | dict[str, Any], list[Message]]:
+        """See `ConversationFormat.read_answer`: an answer may have several parts, each text or a call."""
+        has_tools = any(message["role"] == "system" and "tools" in message for message in messages)
+        response: str | dict[str, Any] = ""
+        answers = []
+        for part in text.split("<|assistant|>"):
+            metadata, newline, content = part.partition("\n")
+            if not newline:
+                metadata, content = "", part
+            if not metadata.strip():
+                content = content.strip()
+                response = content.replace(*TRAINING_TIME)
+            elif not has_tools:
+                response = {"name": metadata.strip(), "content": content}
+            elif (parameters := parse_tool_call(content)) is not None:
+                response = {"name": metadata.strip(), "parameters": parameters}
+            else:
+                response = part.strip()
+            answers.append({"role": "assistant", "metadata": metadata, "content": content})
+        return response, answers
+
+
+def conversation_format(model_version: str) -> ConversationFormat:
+    """The format of a generation.
+
+    Raises:
+        ValueError: for a generation that `CONVERSATION_FORMATS` does not hold.
+    """
+    if model_version not in CONVERSATION_FORMATS:
+        raise ValueError(f"`model_version` must be one of {tuple(CONVERSATION_FORMATS)}, got {model_version!r}.")
+    return CONVERSATION_FORMATS[model_version]
 
 
 def parse_tool_call(text: str) -> dict[str, Any] | None:
@@ -448,31 +441,6 @@ def parse_tool_call(text: str) -> dict[str, Any] | None:
     return None
 
 
-def format_tool_call(name: str, arguments: Mapping[str, Any] | str, model_version: str) -> Message:
-    """Write a call as the assistant message that the generation was taught: the inverse of `parse_tool_call`.
-
-    Args:
-        name: the function.
-        arguments: its arguments, as a dict or as the JSON text that OpenAI's API uses.
-        model_version: `"glm4"` was taught JSON, ChatGLM3 Python.
-
-    Raises:
-        ValueError: if the JSON text is not an object.
-    """
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"The arguments of the tool call {name!r} are not JSON: {error}.") from error
-    if not isinstance(arguments, Mapping):
-        raise ValueError(f"The arguments of the tool call {name!r} must be a dict, got {reprlib.repr(arguments)}.")
-    # CODEPATH: glm4 has JSON; chatglm3 has Python, and the others refuse calls later.
-    if model_version == "glm4":
-        return {"role": "assistant", "metadata": name, "content": json.dumps(arguments, ensure_ascii=False)}
-    source = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    return {"role": "assistant", "metadata": name, "content": f"```python\ntool_call({source})\n```"}
-
-
 def openai_tool_calls(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """The tool calls in assistant messages, in OpenAI's form (arguments as a dict); calls that do not parse are not.
 
@@ -485,41 +453,6 @@ def openai_tool_calls(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if name and (arguments := parse_tool_call(message["content"])) is not None:
             calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
     return calls
-
-
-def _check_model_version(model_version: str) -> None:
-    if model_version not in STOP_TOKENS:
-        raise ValueError(f"`model_version` must be one of {tuple(STOP_TOKENS)}, got {model_version!r}.")
-
-
-def _normalize_message(message: Mapping[str, Any], place: str, model_version: str) -> list[Message]:
-    role = "observation" if message.get("role") == "tool" else message.get("role")
-    if role not in ROLES:
-        raise ValueError(f"{place} has the role {role!r}; the roles are {', '.join(ROLES)} and OpenAI's tool.")
-    if "content" not in message and not message.get("tool_calls"):
-        raise ValueError(f"{place} has no `content`: {reprlib.repr(dict(message))}.")
-    normalized = {
-        key: copy.deepcopy(value)
-        for key, value in message.items()
-        if key not in ("tool_calls", "tool_call_id") and value is not None
-    }
-    normalized |= {"role": role, "content": _content_text(message.get("content"), place)}
-    if not isinstance(normalized.get("metadata", ""), str):
-        raise TypeError(f"The metadata of {place} must be a string, got {reprlib.repr(normalized['metadata'])}.")
-    if role == "system" and "tools" in normalized:
-        normalized["tools"] = _normalize_tools(normalized["tools"], f"`tools` of {place}")
-    calls = message.get("tool_calls") if role == "assistant" else None
-    if not calls:
-        return [normalized]
-    if not isinstance(calls, (list, tuple)):
-        raise TypeError(f"`tool_calls` of {place} must be a list, got {reprlib.repr(calls)}.")
-    written = [normalized] if normalized["content"] else []
-    for call in calls:
-        function = call.get("function", call) if isinstance(call, Mapping) else {}
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise ValueError(f"A tool call of {place} has no function name: {reprlib.repr(call)}.")
-        written.append(format_tool_call(function["name"], function.get("arguments") or {}, model_version))
-    return written
 
 
 def _content_text(content: Any, place: str) -> str:
@@ -548,30 +481,11 @@ def _normalize_tools(tools: Any, place: str) -> list[dict[str, Any]]:
     return [copy.deepcopy(dict(tool.get("function", tool))) for tool in tools]
 
 
-def _role_segments(messages: Sequence[Message], model_version: str, add_generation_prompt: bool) -> list[Segment]:
-    segments = []
-    was_answer = False
-    for message in messages:
-        content = message["content"]
-        if message["role"] == "system" and "tools" in message:
-            content += _tools_text(message["tools"], model_version)
-        is_answer = message["role"] == "assistant"
-        # The model itself writes the role token that ends its answer, so that token belongs to the answer.
-        segments.append(Segment(f"<|{message['role']}|>", True, was_answer))
-        segments.append(Segment(f"{message.get('metadata', '')}\n", False, is_answer))
-        segments.append(Segment(content, False, is_answer))
-        was_answer = is_answer
-    if add_generation_prompt:
-        segments.append(Segment("<|assistant|>", True, was_answer))
-    elif was_answer:
-        segments.append(Segment(STOP_TOKENS[model_version][0], True, True))
-    return segments
+def _tools_as_list(tools: Sequence[Mapping[str, Any]]) -> str:
+    return "\n" + json.dumps(tools, indent=4, ensure_ascii=False)
 
 
-def _tools_text(tools: Sequence[dict[str, Any]], model_version: str) -> str:
-    # CODEPATH: chatglm3 has one list; glm4 has a section for each tool.
-    if model_version == "chatglm3":
-        return "\n" + json.dumps(tools, indent=4, ensure_ascii=False)
+def _tools_as_sections(tools: Sequence[Mapping[str, Any]]) -> str:
     text = ""
     for tool in tools:
         if not isinstance(tool.get("name"), str):
@@ -580,39 +494,20 @@ def _tools_text(tools: Sequence[dict[str, Any]], model_version: str) -> str:
     return text
 
 
-def _round_segments(messages: Sequence[Message], model_version: str, add_generation_prompt: bool) -> list[Segment]:
-    first, newline = ROUND_FORMS[model_version]
-    is_chatglm_6b = model_version == "chatglm"
-    system, rounds = _rounds(messages)
-    text = f"{system}{newline}" if system else ""
-    spans = []
-    for number, (question, answer) in enumerate(rounds, start=first):
-        is_last = number - first == len(rounds) - 1
-        # CODEPATH: chatglm asks its first question as it is; chatglm2 numbers it too.
-        if is_chatglm_6b and len(rounds) == 1:
-            text += question
-            continue
-        text += f"[Round {number}]{newline}问：{question}{newline}"
-        if answer is not None or add_generation_prompt:
-            text += "答："
-        if answer is not None and not is_last:
-            spans.append((len(text), len(text) + len(answer)))
-            text += f"{answer}{newline}"
-    answer = rounds[-1][1] if rounds else None
-    if answer is not None and add_generation_prompt:
-        raise ValueError(
-            "The conversation ends with an answer, so there is nothing to answer: end it with a user message, or "
-            "pass add_generation_prompt=False."
-        )
-    # CODEPATH: chatglm2 can learn every answer; chatglm sees those in its context from both sides.
-    segments = [Segment(text, False, False, () if is_chatglm_6b else tuple(spans))]
-    if is_chatglm_6b and (answer is not None or add_generation_prompt):
-        # The model learns to write `<sop>` as well, as the published fine-tuning script has it.
-        segments += [Segment("[gMASK]", True), Segment("<sop>", True, answer is not None)]
-    if answer is not None:
-        # The published fine-tuning script encodes the answer to learn on its own, behind the prompt.
-        segments += [Segment(answer, False, True), Segment(STOP_TOKENS[model_version][0], True, True)]
-    return segments
+def _call_as_python(arguments: Mapping[str, Any]) -> str:
+    source = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return f"```python\ntool_call({source})\n```"
+
+
+def _call_as_json(arguments: Mapping[str, Any]) -> str:
+    return json.dumps(arguments, ensure_ascii=False)
+
+
+def _no_tools(value: Any) -> ValueError:
+    return ValueError(
+        "This generation knows no tools: neither `tools`, nor tool calls, nor observations, nor answers with "
+        f"metadata. Got {reprlib.repr(value)}."
+    )
 
 
 def _rounds(messages: Sequence[Message]) -> tuple[str, list[tuple[str, str | None]]]:
@@ -621,10 +516,7 @@ def _rounds(messages: Sequence[Message]) -> tuple[str, list[tuple[str, str | Non
     system = messages.pop(0) if messages and messages[0]["role"] == "system" else {"content": ""}
     for index, message in enumerate(messages):
         if message["role"] not in ("user", "assistant") or message.get("metadata") or "tools" in system:
-            raise ValueError(
-                "This generation knows no tools: neither `tools`, nor observations, nor answers with metadata. "
-                f"Got {reprlib.repr(message if 'tools' not in system else system)}."
-            )
+            raise _no_tools(message if "tools" not in system else system)
         expected = ("user", "assistant")[index % 2]
         if message["role"] != expected:
             raise ValueError(
@@ -684,20 +576,71 @@ def _is_literal(kind: int, word: str, previous: str, depth: int) -> bool:
     )
 
 
+# The formats by name. Another generation is one more entry.
+CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
+    chat_format.name: chat_format
+    for chat_format in (
+        RoundFormat(
+            name="chatglm",
+            stop_tokens=("<eop>",),
+            chat_template=CHATGLM_6B_TEMPLATE,
+            chat_defaults={"max_length": 2048, "top_p": 0.7, "temperature": 0.95},
+            first_round=0,
+            newline="\n",
+            numbers_single_round=False,
+            answer_opening=("[gMASK]", "<sop>"),
+            learns_every_answer=False,
+            widens_punctuation=True,
+        ),
+        RoundFormat(
+            name="chatglm2",
+            opening_tokens=("[gMASK]", "sop"),
+            stop_tokens=("</s>",),
+            chat_template=CHATGLM2_TEMPLATE,
+            chat_defaults={"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
+            first_round=1,
+            newline="\n\n",
+            numbers_single_round=True,
+            learns_every_answer=True,
+            widens_punctuation=False,
+        ),
+        RoleFormat(
+            name="chatglm3",
+            opening_tokens=("[gMASK]", "sop"),
+            stop_tokens=("</s>", "<|user|>", "<|observation|>"),
+            chat_template=CHATGLM3_TEMPLATE,
+            response_template=CHATGLM3_RESPONSE_TEMPLATE,
+            # No `max_length`: the published `chat` goes up to the length of the checkpoint.
+            chat_defaults={"top_p": 0.8, "temperature": 0.8},
+            tools_prompt=TOOLS_PROMPT,
+            tools_text=_tools_as_list,
+            call_text=_call_as_python,
+        ),
+        RoleFormat(
+            name="glm4",
+            opening_tokens=("[gMASK]", "<sop>"),
+            stop_tokens=("<|endoftext|>", "<|user|>", "<|observation|>"),
+            chat_template=GLM4_TEMPLATE,
+            response_template=GLM4_RESPONSE_TEMPLATE,
+            chat_defaults={"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
+            tools_prompt=GLM4_TOOLS_PROMPT,
+            tools_heading=GLM4_TOOLS_HEADING,
+            tools_text=_tools_as_sections,
+            call_text=_call_as_json,
+        ),
+    )
+}
+
+
 __all__ = [
-    "CHAT_TEMPLATES",
-    "RESPONSE_TEMPLATES",
+    "CONVERSATION_FORMATS",
     "ROLES",
-    "STOP_TOKENS",
-    "TOOLS_PROMPT",
+    "ConversationFormat",
     "Message",
+    "RoleFormat",
+    "RoundFormat",
     "Segment",
-    "add_tools",
-    "conversation_segments",
-    "format_tool_call",
-    "native_history",
-    "normalize_messages",
+    "conversation_format",
     "openai_tool_calls",
     "parse_tool_call",
-    "read_answer",
 ]

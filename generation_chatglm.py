@@ -40,16 +40,8 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from .conversation_chatglm import native_history, normalize_messages, read_answer
+from .conversation_chatglm import ConversationFormat, conversation_format
 
-
-# Defaults of the published `chat`; `max_length` counts the prompt. ChatGLM3 goes up to the length of its checkpoint.
-CHAT_DEFAULTS = {
-    "chatglm": {"max_length": 2048, "top_p": 0.7, "temperature": 0.95},
-    "chatglm2": {"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
-    "chatglm3": {"top_p": 0.8, "temperature": 0.8},
-    "glm4": {"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
-}
 
 History = list[tuple[str, str]] | list[dict[str, Any]]
 
@@ -432,14 +424,19 @@ class ChatGLMGenerationMixin(GenerationMixin):
         # An embedding that is offloaded is on the meta device until it is used; its hook moves the ids.
         return self.device if self.device.type != "meta" else torch.device("cpu")
 
+    @property
+    def chat_format(self) -> ConversationFormat:
+        """How this generation writes a conversation down and reads an answer back."""
+        return conversation_format(self.config.model_version)
+
     def _next_messages(self, query: str, history: History | None, role: str) -> list[dict[str, Any]]:
         if not isinstance(query, str):
             raise TypeError(f"`query` must be a string, got {type(query).__name__}: {query!r}.")
-        messages = normalize_messages(history, self.config.model_version)
-        return messages + normalize_messages([{"role": role, "content": query}], self.config.model_version)
+        messages = self.chat_format.normalize_messages(history)
+        return messages + self.chat_format.normalize_messages([{"role": role, "content": query}])
 
     def _encode(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
-        return tokenizer.encode_conversation(messages, model_version=self.config.model_version)
+        return tokenizer.encode_conversation(messages, chat_format=self.chat_format)
 
     def _prepare_cache(
         self, past_key_values: ConversationCache | None, is_returned: bool, prompt_ids: list[int]
@@ -466,15 +463,15 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """What `generate` is given: the caller's arguments, then his generation config, then the published defaults."""
         positions = self.config.max_position_embeddings
         defaults = {
-            "eos_token_id": tokenizer.stop_token_ids(self.config.model_version),
+            "eos_token_id": tokenizer.stop_token_ids(self.chat_format),
             "pad_token_id": tokenizer.pad_token_id,
             "do_sample": True,
-            **CHAT_DEFAULTS[self.config.model_version],
+            **self.chat_format.chat_defaults,
         }
         defaults["max_length"] = min(defaults.get("max_length", positions), positions)
         if (given := kwargs.get("generation_config")) is not None:
             defaults = {name: value for name, value in defaults.items() if getattr(given, name, None) is None}
-            defaults["eos_token_id"] = given.eos_token_id or tokenizer.stop_token_ids(self.config.model_version)
+            defaults["eos_token_id"] = given.eos_token_id or tokenizer.stop_token_ids(self.chat_format)
             if given.max_new_tokens is not None:
                 defaults.pop("max_length", None)
         kwargs = {**defaults, **kwargs, "tokenizer": tokenizer, "return_dict_in_generate": False}
@@ -494,11 +491,11 @@ class ChatGLMGenerationMixin(GenerationMixin):
     def _decode(self, tokenizer: PreTrainedTokenizerBase, new_ids: list[int], stop_ids: list[int] | None) -> str:
         """The text before the first stop token; a batch fills what follows it with padding."""
         stops = (index for index, token_id in enumerate(new_ids) if token_id in (stop_ids or ()))
-        return tokenizer.decode(new_ids[: next(stops, None)], model_version=self.config.model_version)
+        return tokenizer.decode(new_ids[: next(stops, None)], chat_format=self.chat_format)
 
     def _read(self, text: str, messages: list[dict[str, Any]]) -> tuple[Any, History]:
-        response, new_messages = read_answer(text, messages, self.config.model_version)
-        return response, native_history(messages + new_messages, self.config.model_version)
+        response, new_messages = self.chat_format.read_answer(text, messages)
+        return response, self.chat_format.native_history(messages + new_messages)
 
 
 __all__ = ["ChatGLMGenerationMixin", "ConversationCache"]

@@ -17,6 +17,7 @@ import ast
 import copy
 import json
 import random
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -38,14 +39,19 @@ def conversation(source: Callable[[str], ModuleType]) -> ModuleType:
     return source("conversation_chatglm")
 
 
+@pytest.fixture(scope="module")
+def formats(conversation: ModuleType) -> dict[str, Any]:
+    return conversation.CONVERSATION_FORMATS
+
+
 @pytest.fixture
 def written(conversation: ModuleType) -> Callable[..., str]:
     """The text of a conversation, with `{}` around what counts as answer."""
 
     def write(messages: list[Any], version: str = "chatglm3", add_generation_prompt: bool = True) -> str:
-        messages = conversation.normalize_messages(messages, version)
+        chat_format = conversation.conversation_format(version)
         text = ""
-        for segment in conversation.conversation_segments(messages, version, add_generation_prompt):
+        for segment in chat_format.segments(chat_format.normalize_messages(messages), add_generation_prompt):
             piece = segment.text
             for start, end in reversed(segment.answer_spans):
                 piece = f"{piece[:start]}{{{piece[start:end]}}}{piece[end:]}"
@@ -59,24 +65,24 @@ def test_it_imports_nothing_but_the_standard_library(conversation: ModuleType) -
     tree = ast.parse(Path(conversation.__file__).read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    assert imported == {"ast", "collections.abc", "copy", "io", "json", "re", "reprlib", "tokenize", "typing"}
+    assert imported - {"conversation_templates"} <= set(sys.stdlib_module_names) | {"collections.abc"}
 
 
 # Forms of a conversation
 
 
-def test_pairs_and_dicts_are_the_same_conversation(conversation: ModuleType) -> None:
+def test_pairs_and_dicts_are_the_same_conversation(formats: dict[str, Any]) -> None:
     dicts = [
         {"role": "user", "content": "q"},
         {"role": "assistant", "metadata": "", "content": "a"},
         {"role": "user", "content": "r"},
     ]
     for mixed in ([("q", "a"), dicts[2]], [["q", "a"], dicts[2]], dicts, tuple(dicts)):
-        assert conversation.normalize_messages(mixed, "chatglm3") == dicts
-    assert conversation.normalize_messages(None, "chatglm2") == []
+        assert formats["chatglm3"].normalize_messages(mixed) == dicts
+    assert formats["chatglm2"].normalize_messages(None) == []
 
 
-def test_openai_messages_take_the_published_form(conversation: ModuleType) -> None:
+def test_openai_messages_take_the_published_form(formats: dict[str, Any]) -> None:
     function = {"name": "get_weather", "arguments": '{"city": "北京", "days": 3}'}
     messages = [
         {"role": "system", "content": "Help.", "tools": [OPENAI_WEATHER]},
@@ -85,7 +91,7 @@ def test_openai_messages_take_the_published_form(conversation: ModuleType) -> No
         {"role": "tool", "tool_call_id": "1", "content": "12"},
         {"role": "assistant", "content": "It is 12.", "tool_calls": None},
     ]
-    assert conversation.normalize_messages(messages, "chatglm3") == [
+    assert formats["chatglm3"].normalize_messages(messages) == [
         {"role": "system", "content": "Help.", "tools": [WEATHER]},
         {"role": "user", "content": "北京?"},
         {"role": "assistant", "metadata": "get_weather", "content": CALL},
@@ -94,42 +100,37 @@ def test_openai_messages_take_the_published_form(conversation: ModuleType) -> No
     ]
 
 
-def test_text_beside_tool_calls_is_a_part_of_its_own(conversation: ModuleType) -> None:
+def test_text_beside_tool_calls_is_a_part_of_its_own(formats: dict[str, Any]) -> None:
     calls = [{"function": {"name": name, "arguments": {"n": None}}} for name in ("one", "two")]
     message = {"role": "assistant", "content": "Two calls.", "tool_calls": calls}
-    normalized = conversation.normalize_messages([message], "chatglm3")
+    normalized = formats["chatglm3"].normalize_messages([message])
     assert [part.get("metadata", "") for part in normalized] == ["", "one", "two"]
     assert normalized[2]["content"] == "```python\ntool_call(n=None)\n```"
 
 
-def test_nothing_of_the_caller_is_changed_or_shared(conversation: ModuleType) -> None:
+def test_nothing_of_the_caller_is_changed_or_shared(formats: dict[str, Any]) -> None:
     messages = [
         {"role": "system", "content": "s", "tools": [copy.deepcopy(WEATHER)]},
         {"role": "user", "content": "q", "note": ["mine"]},
         ["q", "a"],
     ]
     before = copy.deepcopy(messages)
-    normalized = conversation.normalize_messages(messages, "chatglm3")
-    conversation.conversation_segments(normalized, "chatglm3")
+    normalized = formats["chatglm3"].normalize_messages(messages)
+    formats["chatglm3"].segments(normalized)
     normalized[0]["tools"][0]["parameters"]["type"] = "changed"
     normalized[1]["note"].append("changed")
-    conversation.add_tools(normalized[1:], [WEATHER], "chatglm3")[0]["tools"][0]["parameters"]["type"] = "changed"
-    conversation.native_history(normalized, "chatglm3")[1]["note"].append("changed")
+    formats["chatglm3"].add_tools(normalized[1:], [WEATHER])[0]["tools"][0]["parameters"]["type"] = "changed"
+    formats["chatglm3"].native_history(normalized)[1]["note"].append("changed")
     assert messages == before
     assert normalized[1]["note"] == ["mine", "changed"]
     assert WEATHER["parameters"]["type"] == "object"
 
 
 @pytest.mark.parametrize("version", ["chatglm", "chatglm2", "chatglm3", "glm4"])
-def test_normalizing_twice_changes_nothing(conversation: ModuleType, version: str) -> None:
-    once = conversation.normalize_messages(
-        [
-            ("q", "a"),
-            {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": [1, "'"]}}]},
-        ],
-        version,
-    )
-    assert conversation.normalize_messages(once, version) == once
+def test_normalizing_twice_changes_nothing(formats: dict[str, Any], version: str) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": [1, "'"]}}]}
+    once = formats[version].normalize_messages([("q", "a"), *([call] if formats[version].knows_tools else [])])
+    assert formats[version].normalize_messages(once) == once
 
 
 @pytest.mark.parametrize(
@@ -160,44 +161,43 @@ def test_normalizing_twice_changes_nothing(conversation: ModuleType, version: st
     ],
 )
 def test_what_has_no_form_is_named(
-    conversation: ModuleType, history: Any, error: type[Exception], message: str
+    formats: dict[str, Any], history: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        conversation.normalize_messages(history, "chatglm3")
+        formats["chatglm3"].normalize_messages(history)
 
 
 def test_an_unknown_generation_is_named(conversation: ModuleType) -> None:
-    for function in (conversation.normalize_messages, conversation.conversation_segments):
-        with pytest.raises(ValueError, match="'chatglm9'"):
-            function([], "chatglm9")
+    with pytest.raises(ValueError, match="must be one of .*'glm4'.*, got 'chatglm9'"):
+        conversation.conversation_format("chatglm9")
 
 
-def test_tools_join_the_system_message(conversation: ModuleType) -> None:
+def test_tools_join_the_system_message(conversation: ModuleType, formats: dict[str, Any]) -> None:
     user = {"role": "user", "content": "q"}
     system = {"role": "system", "content": "s"}
-    assert conversation.add_tools([user], None, "chatglm3") == [user]
-    assert conversation.add_tools([system, user], [OPENAI_WEATHER], "chatglm3") == [
+    assert formats["chatglm3"].add_tools([user], None) == [user]
+    assert formats["chatglm3"].add_tools([system, user], [OPENAI_WEATHER]) == [
         {**system, "tools": [WEATHER]},
         user,
     ]
-    made = conversation.add_tools([user], [WEATHER], "chatglm3")
+    made = formats["chatglm3"].add_tools([user], [WEATHER])
     assert made == [{"role": "system", "content": conversation.TOOLS_PROMPT, "tools": [WEATHER]}, user]
     assert system == {"role": "system", "content": "s"}
     with pytest.raises(ValueError, match="given twice"):
-        conversation.add_tools(made, [WEATHER], "chatglm3")
+        formats["chatglm3"].add_tools(made, [WEATHER])
     with pytest.raises(TypeError, match="must be a list"):
-        conversation.add_tools([user], WEATHER, "chatglm3")
+        formats["chatglm3"].add_tools([user], WEATHER)
 
 
 # Writing a conversation down
 
 
-def test_every_piece_of_chatglm3_is_a_segment(conversation: ModuleType) -> None:
+def test_every_piece_of_chatglm3_is_a_segment(formats: dict[str, Any]) -> None:
     messages = [
         {"role": "system", "content": "s", "tools": [{"name": "查"}]},
         {"role": "user", "content": "<|user|>"},
     ]
-    assert conversation.conversation_segments(messages, "chatglm3") == [
+    assert formats["chatglm3"].segments(messages) == [
         ("<|system|>", True, False, ()),
         ("\n", False, False, ()),
         ('s\n[\n    {\n        "name": "查"\n    }\n]', False, False, ()),
@@ -234,10 +234,10 @@ def test_rounds_of_chatglm2(written: Callable[..., str]) -> None:
     assert written([system, query], "chatglm2") == "s\n\n[Round 1]\n\n问：r\n\n答："
 
 
-def test_the_last_answer_of_chatglm2_is_encoded_on_its_own(conversation: ModuleType) -> None:
-    messages = conversation.normalize_messages([("q", "a"), ("r", "b")], "chatglm2")
-    prompt, answer, end = conversation.conversation_segments(messages, "chatglm2", add_generation_prompt=False)
-    assert prompt == conversation.conversation_segments(messages[:-1], "chatglm2")[0]
+def test_the_last_answer_of_chatglm2_is_encoded_on_its_own(formats: dict[str, Any]) -> None:
+    messages = formats["chatglm2"].normalize_messages([("q", "a"), ("r", "b")])
+    prompt, answer, end = formats["chatglm2"].segments(messages, add_generation_prompt=False)
+    assert prompt == formats["chatglm2"].segments(messages[:-1])[0]
     assert [prompt.text[start:end] for start, end in prompt.answer_spans] == ["a"]
     assert (answer, end) == (("b", False, True, ()), ("</s>", True, True, ()))
 
@@ -256,10 +256,10 @@ def test_the_last_answer_of_chatglm2_is_encoded_on_its_own(conversation: ModuleT
         ([("q", "a")], "nothing to answer"),
     ],
 )
-def test_what_rounds_cannot_hold_is_refused(conversation: ModuleType, messages: list[Any], message: str) -> None:
+def test_what_rounds_cannot_hold_is_refused(formats: dict[str, Any], messages: list[Any], message: str) -> None:
     for version in ("chatglm", "chatglm2"):
         with pytest.raises(ValueError, match=message):
-            conversation.conversation_segments(conversation.normalize_messages(messages, version), version)
+            formats[version].segments(formats[version].normalize_messages(messages))
 
 
 def test_rounds_of_chatglm_6b(written: Callable[..., str]) -> None:
@@ -276,7 +276,7 @@ def test_rounds_of_chatglm_6b(written: Callable[..., str]) -> None:
     assert written([{"role": "system", "content": "s"}, query], "chatglm") == "s\nr[gMASK]<sop>"
 
 
-def test_tools_of_glm4(conversation: ModuleType, written: Callable[..., str]) -> None:
+def test_tools_of_glm4(conversation: ModuleType, formats: dict[str, Any], written: Callable[..., str]) -> None:
     user = {"role": "user", "content": "q"}
     system = {"role": "system", "content": "s", "tools": [OPENAI_WEATHER, {"name": "查"}]}
     note = "\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
@@ -285,12 +285,12 @@ def test_tools_of_glm4(conversation: ModuleType, written: Callable[..., str]) ->
         for tool in (WEATHER, {"name": "查"})
     )
     assert written([system, user], "glm4") == f"<|system|>\ns{sections}<|user|>\nq<|assistant|>"
-    offered = conversation.add_tools([{"role": "system", "content": "s"}, user], system["tools"], "glm4")
+    offered = formats["glm4"].add_tools([{"role": "system", "content": "s"}, user], system["tools"])
     assert written(offered, "glm4") == f"<|system|>\ns\n\n# 可用工具{sections}<|user|>\nq<|assistant|>"
-    (made, _) = conversation.add_tools([user], [WEATHER], "glm4")
+    (made, _) = formats["glm4"].add_tools([user], [WEATHER])
     assert made["content"] == conversation.GLM4_TOOLS_PROMPT + "\n\n# 可用工具"
     with pytest.raises(ValueError, match="writes the name of a tool above it.*'parameters'"):
-        written(conversation.add_tools([user], [{"parameters": {}}], "glm4"), "glm4")
+        written(formats["glm4"].add_tools([user], [{"parameters": {}}]), "glm4")
 
 
 def test_answers_of_glm4_include_what_closes_them(written: Callable[..., str]) -> None:
@@ -309,27 +309,27 @@ def test_answers_of_glm4_include_what_closes_them(written: Callable[..., str]) -
 
 
 @pytest.mark.parametrize("name", ["chatglm1", "chatglm2", "chatglm2-32k", "chatglm3", "chatglm3-32k", "glm4"])
-def test_recorded_prompts_and_histories(conversation: ModuleType, case: Callable[[str], Any], name: str) -> None:
+def test_recorded_prompts_and_histories(formats: dict[str, Any], case: Callable[[str], Any], name: str) -> None:
     version = "chatglm" if name == "chatglm1" else name.split("-")[0]
     turns = [turn for section in case(name).expected["chat"].values() for turn in section]
     assert len(turns) >= 4
     for turn in turns:
-        history = conversation.normalize_messages(turn["history"], version)
-        native = conversation.native_history(history, version)
+        history = formats[version].normalize_messages(turn["history"])
+        native = formats[version].native_history(history)
         assert [list(item) if isinstance(item, tuple) else item for item in native] == turn["history"]
         if prompt := turn.get("prompt"):
-            segment, *control = conversation.conversation_segments(history[:-1], version)
+            segment, *control = formats[version].segments(history[:-1])
             assert segment.text == prompt
             assert [token.text for token in control] == (["[gMASK]", "<sop>"] if version == "chatglm" else [])
 
 
-def test_an_answer_of_chatglm2_is_text(conversation: ModuleType) -> None:
+def test_an_answer_of_chatglm2_is_text(formats: dict[str, Any]) -> None:
     text = " get_weather\n训练于[[训练时间]]。\n"
     answer = "get_weather\n训练于2023年。"
     messages = [{"role": "user", "content": "q"}]
-    response, new = conversation.read_answer(text, messages, "chatglm2")
+    response, new = formats["chatglm2"].read_answer(text, messages)
     assert (response, new) == (answer, [{"role": "assistant", "content": answer}])
-    assert conversation.native_history(messages + new, "chatglm2") == [("q", answer)]
+    assert formats["chatglm2"].native_history(messages + new) == [("q", answer)]
 
 
 @pytest.mark.parametrize(
@@ -343,29 +343,32 @@ def test_an_answer_of_chatglm2_is_text(conversation: ModuleType) -> None:
         ("中，!，文 ー! 한,", "中，!，文 ー! 한,"),
     ],
 )
-def test_answers_of_chatglm_6b(conversation: ModuleType, text: str, answer: str) -> None:
-    response, new = conversation.read_answer(text, [{"role": "user", "content": "q"}], "chatglm")
+def test_answers_of_chatglm_6b(formats: dict[str, Any], text: str, answer: str) -> None:
+    response, new = formats["chatglm"].read_answer(text, [{"role": "user", "content": "q"}])
     assert (response, new) == (answer, [{"role": "assistant", "content": answer}])
-    assert conversation.native_history([{"role": "user", "content": "q"}, *new], "chatglm") == [("q", answer)]
+    assert formats["chatglm"].native_history([{"role": "user", "content": "q"}, *new]) == [("q", answer)]
 
 
-def test_calls_of_glm4_are_json(conversation: ModuleType) -> None:
+def test_calls_of_glm4_are_json(conversation: ModuleType, formats: dict[str, Any]) -> None:
     offered = [{"role": "system", "content": "s", "tools": [WEATHER]}, {"role": "user", "content": "q"}]
     text = '\n我查。<|assistant|>get_weather\n{"city": "北京", "deep": {"a": [1, null]}}'
     call = {"city": "北京", "deep": {"a": [1, None]}}
-    response, new = conversation.read_answer(text, offered, "glm4")
+    response, new = formats["glm4"].read_answer(text, offered)
     assert response == {"name": "get_weather", "parameters": call}
     assert [message["metadata"] for message in new] == ["", "get_weather"]
     function = {"name": "get_weather", "arguments": call}
     assert conversation.openai_tool_calls(new) == [{"type": "function", "function": function}]
-    assert conversation.native_history(new, "glm4") == new
-    assert conversation.read_answer("f\n{'a': 1}", offered, "glm4")[0] == "f\n{'a': 1}"
-    assert conversation.read_answer("python\n1+1", [], "glm4")[0] == {"name": "python", "content": "1+1"}
+    assert formats["glm4"].native_history(new) == new
+    assert formats["glm4"].read_answer("f\n{'a': 1}", offered)[0] == "f\n{'a': 1}"
+    assert formats["glm4"].read_answer("python\n1+1", [])[0] == {
+        "name": "python",
+        "content": "1+1",
+    }
 
 
-def test_pairs_that_would_lose_a_message_stay_dicts(conversation: ModuleType) -> None:
-    messages = conversation.normalize_messages([{"role": "system", "content": "s"}, ("q", "a")], "chatglm2")
-    assert conversation.native_history(messages, "chatglm2") == messages
+def test_pairs_that_would_lose_a_message_stay_dicts(formats: dict[str, Any]) -> None:
+    messages = formats["chatglm2"].normalize_messages([{"role": "system", "content": "s"}, ("q", "a")])
+    assert formats["chatglm2"].native_history(messages) == messages
 
 
 @pytest.mark.parametrize(
@@ -383,15 +386,15 @@ def test_pairs_that_would_lose_a_message_stay_dicts(conversation: ModuleType) ->
         ),
     ],
 )
-def test_answers_of_chatglm3(conversation: ModuleType, text: str, response: Any, message: dict[str, str]) -> None:
-    read = conversation.read_answer(text, [{"role": "user", "content": "q"}], "chatglm3")
+def test_answers_of_chatglm3(formats: dict[str, Any], text: str, response: Any, message: dict[str, str]) -> None:
+    read = formats["chatglm3"].read_answer(text, [{"role": "user", "content": "q"}])
     assert read == (response, [{"role": "assistant", **message}])
 
 
-def test_a_call_of_an_offered_tool(conversation: ModuleType) -> None:
+def test_a_call_of_an_offered_tool(conversation: ModuleType, formats: dict[str, Any]) -> None:
     messages = [{"role": "system", "content": "s", "tools": [WEATHER]}, {"role": "user", "content": "q"}]
     text = f"\n 我来查。<|assistant|> get_weather\n{CALL}"
-    response, new = conversation.read_answer(text, messages, "chatglm3")
+    response, new = formats["chatglm3"].read_answer(text, messages)
     assert response == {"name": "get_weather", "parameters": {"city": "北京", "days": 3}}
     assert new == [
         {"role": "assistant", "metadata": "", "content": "我来查。"},
@@ -401,10 +404,10 @@ def test_a_call_of_an_offered_tool(conversation: ModuleType) -> None:
     assert conversation.openai_tool_calls(new) == [{"type": "function", "function": call}]
 
 
-def test_an_unreadable_call_is_text(conversation: ModuleType) -> None:
+def test_an_unreadable_call_is_text(conversation: ModuleType, formats: dict[str, Any]) -> None:
     messages = [{"role": "system", "content": "s", "tools": [WEATHER]}]
     text = "get_weather\n```python\ntool_call(city=__import__('os').getcwd())\n```"
-    response, new = conversation.read_answer(text, messages, "chatglm3")
+    response, new = formats["chatglm3"].read_answer(text, messages)
     assert response == text
     assert new[0]["metadata"] == "get_weather"
     assert conversation.openai_tool_calls(new) == []
@@ -504,7 +507,7 @@ def test_deep_source_does_not_reach_pythons_parser(
     assert parsed == []
 
 
-def test_calls_are_written_as_they_are_read(conversation: ModuleType) -> None:
+def test_calls_are_written_as_they_are_read(conversation: ModuleType, formats: dict[str, Any]) -> None:
     generator = random.Random(0)
 
     def value(depth: int) -> Any:
@@ -520,20 +523,20 @@ def test_calls_are_written_as_they_are_read(conversation: ModuleType) -> None:
         arguments = {name: value(0) for name in generator.sample(["city", "from", "城市", "_x"], k=2)}
         for given in (arguments, json.dumps(arguments)):
             for version in ("chatglm3", "glm4"):
-                message = conversation.format_tool_call("f", given, version)
+                message = formats[version].write_tool_call("f", given)
                 assert message["metadata"] == "f"
                 assert conversation.parse_tool_call(message["content"]) == arguments
 
 
 @pytest.mark.parametrize("version", ["chatglm", "chatglm2", "chatglm3", "glm4"])
-def test_no_answer_raises(conversation: ModuleType, version: str) -> None:
+def test_no_answer_raises(formats: dict[str, Any], version: str) -> None:
     generator = random.Random(1)
     parts = ["\n", "<|assistant|>", "tool_call(", ")", "a=", "'", "```python\n", "```", "北京", " ", "{", '"', "f"]
     plain = [{"role": "user", "content": "q"}]
     offered = [{"role": "system", "content": "s", "tools": []}]
     for text in [*HOSTILE, *("".join(generator.choices(parts, k=generator.randrange(9))) for _ in range(2000))]:
         for messages in (plain, offered, []):
-            response, new = conversation.read_answer(text, messages, version)
+            response, new = formats[version].read_answer(text, messages)
             assert isinstance(response, (str, dict))
             assert [message["role"] for message in new] == ["assistant"] * len(new)
             assert new

@@ -13,7 +13,6 @@
 # limitations under the License.
 """What the README shows runs, and what it counts is counted."""
 
-import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -37,8 +36,7 @@ def test_every_snippet_runs(
     case_folder: Callable[[str], Path], case_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     # The random weights of the case would chat on for thousands of tokens.
-    generation = importlib.import_module(type(case_model(name)).chat.__module__)
-    monkeypatch.setitem(generation.CHAT_DEFAULTS[case_model(name).config.model_version], "max_new_tokens", 24)
+    monkeypatch.setitem(case_model(name).chat_format.chat_defaults, "max_new_tokens", 24)
     namespace: dict[str, Any] = {}
     for snippet in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
         if all(name in names for word, names in ONLY_FOR.items() if word in snippet):

@@ -321,7 +321,7 @@ def test_recorded_chats(
                 assert encoded["position_ids"].tolist() == [
                     turn.get("position_ids", encoded["position_ids"][0].tolist())
                 ]
-            messages = conversation.normalize_messages(turn["history"], version)[:-1]
+            messages = conversation.CONVERSATION_FORMATS[version].normalize_messages(turn["history"])[:-1]
             # The published `chat` of ChatGLM3 drops the last token, taken for the end token.
             has_pairs = version in ("chatglm", "chatglm2")
             ids = turn["new_ids"] if has_pairs else turn["new_ids"][:-1]
@@ -329,9 +329,9 @@ def test_recorded_chats(
             waits = section.startswith("stream") and version != "chatglm"
             while waits and tokenizer.decode(ids).endswith("\ufffd"):
                 ids = ids[:-1]
-            response, new = conversation.read_answer(tokenizer.decode(ids), messages, version)
+            response, new = conversation.CONVERSATION_FORMATS[version].read_answer(tokenizer.decode(ids), messages)
             assert response == (turn["response"] if "response" in turn else turn["stream_responses"][-1])
-            native = conversation.native_history(messages + new, version)
+            native = conversation.CONVERSATION_FORMATS[version].native_history(messages + new)
             assert [list(item) if has_pairs else item for item in native] == turn["history"]
             history = turn["history"]
 
@@ -730,15 +730,16 @@ def test_the_inner_tokenizer_of_published_code(case_tokenizer: Callable[[str], A
 def test_the_models_word_wins(case_tokenizer: Callable[[str], Any], version: str) -> None:
     tokenizer = case_tokenizer(version)
     for other in VERSIONS:
+        chat_format = case_tokenizer(other).chat_format
         expected = case_tokenizer(other).build_chat_input("q", [("a", "b")])
-        encoded = tokenizer.build_chat_input("q", [("a", "b")], model_version=other)
+        encoded = tokenizer.build_chat_input("q", [("a", "b")], chat_format=chat_format)
         assert encoded["input_ids"].equal(expected["input_ids"])
         chat = [{"role": "user", "content": "q"}]
         for tokenize in (True, False):
-            ours = tokenizer.apply_chat_template(chat, model_version=other, tokenize=tokenize)
+            ours = tokenizer.apply_chat_template(chat, chat_format=chat_format, tokenize=tokenize)
             assert ours == case_tokenizer(other).apply_chat_template(chat, tokenize=tokenize)
         ids = encoded["input_ids"][0].tolist()
-        assert tokenizer.decode(ids, model_version=other) == case_tokenizer(other).decode(ids)
+        assert tokenizer.decode(ids, chat_format=chat_format) == case_tokenizer(other).decode(ids)
     assert tokenizer.model_version == version
 
 
@@ -746,9 +747,9 @@ def test_stop_tokens(case_tokenizer: Callable[[str], Any]) -> None:
     roles = case_tokenizer("chatglm3").convert_tokens_to_ids(["<|user|>", "<|observation|>"])
     for version in VERSIONS:
         tokenizer = case_tokenizer(version)
-        assert tokenizer.stop_token_ids("chatglm2") == [2]
-        assert tokenizer.stop_token_ids("chatglm3") == [2, *roles]
-        assert tokenizer.stop_token_ids() == tokenizer.stop_token_ids(version)
+        assert tokenizer.stop_token_ids(case_tokenizer("chatglm2").chat_format) == [2]
+        assert tokenizer.stop_token_ids(case_tokenizer("chatglm3").chat_format) == [2, *roles]
+        assert tokenizer.stop_token_ids() == tokenizer.stop_token_ids(case_tokenizer(version).chat_format)
 
 
 def test_an_encoding_moves_to_a_device(case_tokenizer: Callable[[str], Any]) -> None:
@@ -764,7 +765,7 @@ def test_bad_arguments_change_nothing(case_tokenizer: Callable[[str], Any], name
     before = copy.deepcopy(history)
     for arguments, error in [
         ({"role": "function"}, ValueError),
-        ({"model_version": "glm9"}, ValueError),
+        ({"chat_format": case_tokenizer("glm4").chat_format}, ValueError),
         ({"history": "text"}, TypeError),
         ({"history": [("q",)]}, TypeError),
         ({"query": 3}, TypeError),
@@ -779,7 +780,7 @@ def test_bad_arguments_change_nothing(case_tokenizer: Callable[[str], Any], name
     ]:
         with pytest.raises(error):
             tokenizer.apply_chat_template(conversation)
-    with pytest.raises(TypeError, match="`tools` must be a list"):
+    with pytest.raises((TypeError, ValueError), match="`tools` must be a list|knows no tools"):
         tokenizer.apply_chat_template(history[:1], tools={"name": "f"})
     assert history == before
     with pytest.raises(TypeError):
@@ -806,13 +807,13 @@ def test_templates_write_what_the_segments_hold(
             [{"role": "system", "content": "s", "tools": []}],
         ]
     prompts = [True, False]
-    assert tokenizer.chat_template == source("tokenization_chatglm").CHAT_TEMPLATES[version]
+    assert tokenizer.chat_template == conversation.CONVERSATION_FORMATS[version].chat_template
     for chat in chats:
         for prompt in prompts:
             if version == "chatglm2" and prompt and chat[-1]["role"] == "assistant":
                 continue
-            messages = conversation.normalize_messages(chat, version)
-            segments = conversation.conversation_segments(messages, version, prompt)
+            messages = conversation.CONVERSATION_FORMATS[version].normalize_messages(chat)
+            segments = conversation.CONVERSATION_FORMATS[version].segments(messages, prompt)
             text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
             assert text == "[gMASK]sop" + "".join(segment.text for segment in segments)
     assert tokenizer.apply_chat_template(chats[:2], tokenize=False) == [

@@ -572,7 +572,7 @@ def test_templates_write_what_the_segments_hold(
         for prompt in (True, False):
             if prompt and chat[-1]["role"] == "assistant":
                 continue
-            segments = conversation.conversation_segments(chat, "chatglm", prompt)
+            segments = conversation.CONVERSATION_FORMATS["chatglm"].segments(chat, prompt)
             text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
             assert text == "".join(segment.text for segment in segments)
             ids = tokenizer.apply_chat_template(chat, add_generation_prompt=prompt, return_dict=False)
@@ -590,9 +590,9 @@ def test_a_template_of_ones_own(tokenizer: PreTrainedTokenizerBase) -> None:
     assert encoded["input_ids"].tolist() == [[*tokenizer.encode("one", add_special_tokens=False), SOP]]
 
 
-def test_bad_arguments_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_bad_arguments_are_named(tokenizer: PreTrainedTokenizerBase, case_tokenizer: Callable[[str], Any]) -> None:
     for arguments, error in [
-        ({"model_version": "chatglm2"}, ValueError),
+        ({"chat_format": case_tokenizer("chatglm2").chat_format}, ValueError),
         ({"role": "observation"}, ValueError),
         ({"history": "text"}, TypeError),
         ({"query": 3}, TypeError),

@@ -485,8 +485,8 @@ def test_templates_write_what_the_segments_hold(
     ]
     for chat in chats:
         for prompt in (True, False):
-            messages = conversation.normalize_messages(chat, "glm4")
-            segments = conversation.conversation_segments(messages, "glm4", prompt)
+            messages = conversation.CONVERSATION_FORMATS["glm4"].normalize_messages(chat)
+            segments = conversation.CONVERSATION_FORMATS["glm4"].segments(messages, prompt)
             text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
             assert text == "[gMASK]<sop>" + "".join(segment.text for segment in segments)
             (rendered,), _ = render_jinja_template(

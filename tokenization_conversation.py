@@ -1,0 +1,420 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the tokenizers of all generations do with a conversation: chat input, templates, masks for training.
+
+What is unusual here:
+
+- A conversation is encoded piece by piece (`encode_conversation`), which no rendered string can reproduce. So
+  `apply_chat_template` makes ids by that method, as `build_chat_input` does; the Jinja templates give the text.
+- A model may belong to another generation than its tokenizer guessed, where two share a vocabulary. So these methods
+  take the `ConversationFormat` of the model, and what is in `vocabularies` can be written.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.tokenization_utils_base import BatchEncoding, PaddingStrategy, PreTrainedTokenizerBase
+from transformers.utils import get_json_schema, to_py_obj
+
+from .conversation_chatglm import CONVERSATION_FORMATS, ConversationFormat, Message, Segment, conversation_format
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What a generation adds to its vocabulary file.
+
+    Attributes:
+        control_tokens: in the order of their ids. ChatGLM-6B's are pieces of the file; those of the others follow it.
+        named_tokens: the library's named special tokens.
+        pair_token: what closes the second text of a pair.
+        silent_tokens: what gives no text when it is decoded, even where special tokens are not skipped.
+        trainer_tokens: the control tokens that `encode_special_tokens=True` reads in a text.
+        command_aliases: further names that `get_command` knows.
+    """
+
+    control_tokens: tuple[str, ...]
+    named_tokens: Mapping[str, str]
+    pair_token: str
+    silent_tokens: tuple[str, ...] = ()
+    trainer_tokens: tuple[str, ...] = ()
+    command_aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+class ConversationTokenizer(PreTrainedTokenizerBase):
+    """What the tokenizers of all generations share: conversations, and the calls of published examples.
+
+    A class brings `vocabularies` and the methods below that raise `NotImplementedError`.
+    """
+
+    # The generations that have this kind of vocabulary file, by name; the last one is assumed where nothing tells.
+    vocabularies: Mapping[str, Vocabulary]
+    chat_format: ConversationFormat
+
+    @property
+    def model_version(self) -> str:
+        """The name of the generation, which is saved under this name."""
+        return self.chat_format.name
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the generation adds to its vocabulary file."""
+        return self.vocabularies[self.chat_format.name]
+
+    def stop_token_ids(self, chat_format: ConversationFormat | None = None) -> list[int]:
+        """The ids that end an answer, for the tokenizer's own generation or another one."""
+        chat_format = self._known_format(chat_format)
+        special_ids = self._special_ids(chat_format)
+        return [special_ids[token] for token in chat_format.stop_tokens]
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of the control tokens, and of `<s>`, `</s>` and `<unk>` under their published names."""
+        aliases = self.vocabulary.command_aliases
+        ids: list[int] = self.convert_tokens_to_ids(list(aliases.values()))
+        return self._control_ids(self.chat_format) | dict(zip(aliases, ids))
+
+    def get_command(self, token: str) -> int:
+        """The id of a control token, or of `<bos>`, `<eos>` or `<pad>`.
+
+        Raises:
+            ValueError: for any other token.
+        """
+        commands = self.special_tokens
+        if token not in commands:
+            raise ValueError(
+                f"{token!r} is not a control token of {self.chat_format.name}; they are {', '.join(commands)}."
+            )
+        return commands[token]
+
+    def build_prompt(
+        self, query: str, history: Sequence[Any] | None = None, chat_format: ConversationFormat | None = None
+    ) -> str:
+        """The text of a conversation that asks for an answer. For ChatGLM3 and GLM-4 it is for reading only."""
+        chat_format = self._known_format(chat_format)
+        return chat_format.prompt_text(self._with_query(query, history, "user", chat_format))
+
+    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
+        """The ids of one message of ChatGLM3 or GLM-4: the role token, the metadata with a newline, the content.
+
+        Raises:
+            ValueError: for an unknown role, and in the other generations.
+        """
+        # CODEPATH: a tokenizer of chatglm2 can write the role tokens of chatglm3; chatglm has none.
+        chat_format = conversation_format(list(self.vocabularies)[-1])
+        if chat_format.uses_pairs:
+            raise ValueError("ChatGLM-6B has no form for a single message; use `build_chat_input`.")
+        messages = chat_format.normalize_messages([{"role": role, "metadata": metadata, "content": message}])
+        segments = chat_format.segments(messages, add_generation_prompt=False)[:3]
+        return self._encode_segments(segments, chat_format)[0]
+
+    def build_chat_input(
+        self,
+        query: str,
+        history: Sequence[Any] | None = None,
+        role: str = "user",
+        chat_format: ConversationFormat | None = None,
+    ) -> BatchEncoding:
+        """Encode a conversation that asks for an answer.
+
+        Args:
+            query: the content of the last message.
+            history: what comes before it: message dicts or `(question, answer)` pairs; not changed.
+            role: the role of the last message.
+            chat_format: the generation to encode for, if not the tokenizer's own.
+
+        Returns:
+            `input_ids`, `attention_mask` and `position_ids`, tensors with a batch of one.
+
+        Raises:
+            TypeError, ValueError: for a history or a role that has no form in this generation.
+        """
+        chat_format = self._known_format(chat_format)
+        messages = self._with_query(query, history, role, chat_format)
+        ids = self.encode_conversation(messages, chat_format=chat_format)
+        return self.pad({"input_ids": [ids]}, return_tensors="pt")
+
+    def encode_conversation(
+        self,
+        messages: Sequence[Any] | None,
+        add_generation_prompt: bool = True,
+        chat_format: ConversationFormat | None = None,
+    ) -> list[int]:
+        """The ids of a conversation, `[gMASK] sop` included: the one place where conversations become ids.
+
+        Args:
+            messages: message dicts of any form `normalize_messages` takes.
+            add_generation_prompt: ask for an answer. Otherwise an answer at the end is closed by the end token.
+            chat_format: the generation to encode for, if not the tokenizer's own.
+        """
+        return self.encode_conversation_with_mask(messages, add_generation_prompt, chat_format)[0]
+
+    def encode_conversation_with_mask(
+        self,
+        messages: Sequence[Any] | None,
+        add_generation_prompt: bool = True,
+        chat_format: ConversationFormat | None = None,
+    ) -> tuple[list[int], list[int]]:
+        """As `encode_conversation`, with a mask of the same length: 1 for what the assistant writes.
+
+        That is all behind what asks for an answer, up to the token that closes it, included.
+        """
+        chat_format = self._known_format(chat_format)
+        segments = chat_format.segments(chat_format.normalize_messages(messages), add_generation_prompt)
+        opening = [Segment(token, True) for token in chat_format.opening_tokens]
+        return self._encode_segments([*opening, *segments], chat_format)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        tools: Sequence[dict[str, Any] | Callable] | None = None,
+        documents: Any = None,
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = True,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        chat_format: ConversationFormat | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Write or encode one conversation or a batch of them, with the ids of `build_chat_input`.
+
+        As the library's; `tokenize=False` renders the Jinja template of the generation. A template of the user's own
+        (an argument, or put in place of `chat_template`) goes to the library.
+
+        Args:
+            conversation: a list of messages, or a list of such lists.
+            tools: functions or their descriptions, for the system message.
+            chat_format: the generation to write for, if not the tokenizer's own.
+
+        Raises:
+            TypeError, ValueError: for a conversation that has no form in this generation.
+        """
+        tokenizer_kwargs = tokenizer_kwargs or {}
+        shipped = [known.chat_template for known in CONVERSATION_FORMATS.values()]
+        if (self.chat_template if chat_template is None else chat_template) not in shipped:
+            return super().apply_chat_template(
+                conversation,
+                tools=tools,
+                documents=documents,
+                chat_template=chat_template,
+                tokenize=tokenize,
+                # Such a template writes control tokens as text, which is nothing but text to this class otherwise.
+                tokenizer_kwargs={"split_special_tokens": False, **tokenizer_kwargs},
+                **kwargs,
+            )
+        conversation = getattr(conversation, "messages", conversation)
+        if not isinstance(conversation, (list, tuple)) or not conversation:
+            raise ValueError(f"A conversation is a list with at least one message, got {conversation!r}.")
+        chat_format = self._known_format(chat_format)
+        is_batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+        if isinstance(tools, (list, tuple)):
+            tools = [tool if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools]
+        chats = [
+            chat_format.add_tools(chat_format.normalize_messages(getattr(chat, "messages", chat)), tools or None)
+            for chat in (conversation if is_batched else [conversation])
+        ]
+        if not tokenize:
+            conversation = chats if is_batched else chats[0]
+            template = chat_format.chat_template
+            return super().apply_chat_template(conversation, chat_template=template, tokenize=False, **kwargs)
+        encoded = self._encode_chats(chats, chat_format, **tokenizer_kwargs, **kwargs)
+        if not is_batched and kwargs.get("return_tensors") is None:
+            encoded = BatchEncoding({key: value[0] for key, value in encoded.items()})
+        return encoded if kwargs.get("return_dict", True) else encoded["input_ids"]
+
+    def _encode_chats(
+        self,
+        chats: list[list[dict[str, Any]]],
+        chat_format: ConversationFormat,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        return_assistant_tokens_mask: bool = False,
+        padding: bool | str | PaddingStrategy = False,
+        padding_side: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        columns: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
+        for chat in chats:
+            ids, mask = self.encode_conversation_with_mask(chat, add_generation_prompt, chat_format)
+            kept = range(len(ids))
+            if continue_final_message:
+                if add_generation_prompt or chat[-1]["role"] != "assistant":
+                    raise ValueError(
+                        "`continue_final_message` leaves an answer at the end open: it needs a last message of the "
+                        "assistant, and no `add_generation_prompt`."
+                    )
+                kept = kept[:-1]
+            if truncation and truncation != "do_not_truncate":
+                limit = self.model_max_length if max_length is None else max_length
+                kept = self._kept_positions(ids[: len(kept)], limit)
+            columns["input_ids"].append([ids[index] for index in kept])
+            columns["assistant_masks"].append([mask[index] for index in kept])
+        if not return_assistant_tokens_mask:
+            del columns["assistant_masks"]
+        return self.pad(
+            columns,
+            padding=padding,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+            return_tensors=return_tensors,
+        )
+
+    def _kept_positions(self, ids: list[int], limit: int) -> list[int]:
+        """Which tokens of a conversation stay when it is truncated; what it starts with is among them."""
+        if self.truncation_side == "right" or len(ids) <= limit:
+            return list(range(len(ids)))[:limit]
+        start = min(len(self.chat_format.opening_tokens), limit)
+        return [*range(start), *range(len(ids) - limit + start, len(ids))]
+
+    def _encode_segments(
+        self, segments: Sequence[Segment], chat_format: ConversationFormat
+    ) -> tuple[list[int], list[int]]:
+        special_ids = self._special_ids(chat_format)
+        ids: list[int] = []
+        mask: list[int] = []
+        for segment in segments:
+            if segment.is_special:
+                ids.append(special_ids[segment.text])
+                mask.append(int(segment.is_answer))
+                continue
+            text_ids, offsets = self._message_encoding(segment.text)
+            ids += text_ids
+            for start, end in offsets:
+                is_inside = any(start < last and end > first for first, last in segment.answer_spans)
+                mask.append(int(segment.is_answer or is_inside))
+        return ids, mask
+
+    @staticmethod
+    def _with_query(query: str, history: Any, role: str, chat_format: ConversationFormat) -> list[Message]:
+        query_message = {"role": role, "content": query}
+        return chat_format.normalize_messages(history) + chat_format.normalize_messages([query_message])
+
+    def _known_format(self, chat_format: ConversationFormat | None) -> ConversationFormat:
+        """The tokenizer's own format, or another one that its vocabulary can write."""
+        if chat_format is None:
+            return self.chat_format
+        name = getattr(chat_format, "name", chat_format)
+        if name not in self.vocabularies or name is chat_format:
+            raise ValueError(
+                f"`chat_format` must be the ConversationFormat of {' or '.join(self.vocabularies)} for this tokenizer, "
+                f"got {name!r}. A model has its own as `model.chat_format`."
+            )
+        return chat_format
+
+    @classmethod
+    def _find_format(cls, model_version: str | None, vocab_file: str) -> ConversationFormat:
+        """The format that `model_version` names; where it is absent, that of the last of the `vocabularies`."""
+        model_version = model_version or list(cls.vocabularies)[-1]
+        if model_version not in cls.vocabularies:
+            raise ValueError(
+                f"{vocab_file} is a vocabulary of {' or '.join(cls.vocabularies)}, but `model_version` says "
+                f"{model_version!r}. Correct it in tokenizer_config.json or config.json."
+            )
+        return conversation_format(model_version)
+
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        chat_format: ConversationFormat | None = None,
+        **kwargs: Any,
+    ) -> str | list[str]:
+        """Turn ids into text as the published tokenizer does.
+
+        Args:
+            token_ids: an id, a sequence of ids, or a batch of sequences (lists, arrays, tensors, an encoding).
+            skip_special_tokens: drop all special tokens. Otherwise the control tokens of ChatGLM3 and GLM-4 give their
+                names, and those of ChatGLM-6B and ChatGLM2 give nothing, as published. `<s>` and `</s>` never give
+                anything, and `<unk>` does for ChatGLM-6B only.
+            chat_format: the generation to decode for, if not the tokenizer's own.
+
+        Returns:
+            One string, or a list of strings for a batch. Ids that are not in the vocabulary (the embedding has more
+            rows) give nothing; bytes that are not UTF-8 give U+FFFD.
+        """
+        chat_format = self._known_format(chat_format)
+        token_ids = to_py_obj(token_ids["input_ids"] if isinstance(token_ids, (dict, BatchEncoding)) else token_ids)
+        if isinstance(token_ids, int):
+            token_ids = [token_ids]
+        if token_ids and isinstance(token_ids[0], (list, tuple)):
+            return [self._decode_ids(ids, skip_special_tokens, chat_format, **kwargs) for ids in token_ids]
+        return self._decode_ids(token_ids, skip_special_tokens, chat_format, **kwargs)
+
+    def convert_ids_to_tokens(self, ids: int | list[int], skip_special_tokens: bool = False) -> str | list[str]:
+        """Turn ids into the names of tokens; ids that are not in the vocabulary have the name `""`, as published."""
+        tokens = super().convert_ids_to_tokens(ids, skip_special_tokens)
+        return (tokens or "") if isinstance(ids, int) else [token or "" for token in tokens]
+
+    def encode(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> list[int]:
+        """Encode one text or pair into ids; see `__call__`."""
+        return self(text, text_pair, None, None, *args, **kwargs)["input_ids"]
+
+    def batch_encode_plus(self, batch_text_or_text_pairs: Sequence[Any], **kwargs: Any) -> BatchEncoding:
+        """Encode a batch; the library dropped this name, which published examples use."""
+        return self(batch_text_or_text_pairs, **kwargs)
+
+    def encode_plus(self, text: str, text_pair: str | None = None, **kwargs: Any) -> BatchEncoding:
+        """Encode a text or a pair; the library dropped this name, which published examples use."""
+        return self(text, text_pair, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *args: Any,
+        filename_prefix: str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> tuple[str, ...]:
+        """Save as the library does, and what the published class and other programs load as well."""
+        if push_to_hub:
+            # It saves to a folder of its own, by this method, and uploads all that is there.
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), token=kwargs.pop("token", None))
+        files = super().save_pretrained(save_directory, *args, filename_prefix=filename_prefix, **kwargs)
+        return files + self._save_published_files(save_directory, filename_prefix)
+
+    def _control_ids(self, chat_format: ConversationFormat) -> dict[str, int]:
+        """The ids of the control tokens of a generation."""
+        raise NotImplementedError
+
+    def _special_ids(self, chat_format: ConversationFormat) -> dict[str, int]:
+        """The ids of all special tokens that segments may name."""
+        raise NotImplementedError
+
+    def _message_encoding(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text in which no control token is read, and where in the text they come from."""
+        raise NotImplementedError
+
+    def _decode_ids(
+        self, token_ids: Sequence[int], skip_special_tokens: bool, chat_format: ConversationFormat, **kwargs: Any
+    ) -> str:
+        raise NotImplementedError
+
+    def _save_published_files(self, save_directory: str | Path, filename_prefix: str | None) -> tuple[str, ...]:
+        """Write what the published class needs beyond what the library saves; the paths of new files."""
+        raise NotImplementedError
+
+
+def extra_tokens(kwargs: dict[str, Any]) -> list[str]:
+    """The special tokens in what any version of the library saved; taken out of `kwargs`."""
+    saved = [*(kwargs.pop("extra_special_tokens", None) or ()), *(kwargs.pop("additional_special_tokens", None) or ())]
+    return [token["content"] if isinstance(token, dict) else str(token) for token in saved]
+
+
+__all__ = ["ConversationTokenizer", "Vocabulary", "extra_tokens"]
