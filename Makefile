@@ -7,6 +7,8 @@
 #   make test ARGS='-k stream_chat'       some of the tests
 #   make test-grid                        every generation fine-tuned in every way, seven minutes
 #   make conformance                      Transformers' own tests of models and tokenizers
+#   make bench                            every benchmark, small enough for a laptop
+#   make docs-check                       every command of the READMEs and of docs/
 
 PYTHON ?= python3
 MODEL ?= examples/tiny-chatglm3
@@ -20,7 +22,7 @@ CONFORMANCE := .conformance
 # The files mlinter has rules for.
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py tokenization_*.py generation_*.py)
 
-.PHONY: setup chat test test-grid test-floor conformance style fix bench
+.PHONY: setup chat test test-grid test-floor conformance style fix bench docs-check
 
 setup: $(NEWEST)/installed
 
@@ -49,7 +51,10 @@ fix: setup
 	$(NEWEST)/bin/ruff format .
 
 bench: setup
-	$(NEWEST)/bin/python benchmarks/decode.py $(ARGS)
+	$(NEWEST)/bin/python benchmarks/run.py $(ARGS)
+
+docs-check: setup
+	$(NEWEST)/bin/python scripts/docs_check.py $(ARGS)
 
 $(NEWEST)/installed: requirements/newest.txt requirements/common.txt
 $(FLOOR)/installed: requirements/floor.txt requirements/common.txt

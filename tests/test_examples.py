@@ -81,6 +81,7 @@ def run_chat(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[st
 def test_folder_is_a_small_published_layout(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     names = {path.name for path in BUNDLED.iterdir()}
     assert names == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
