@@ -187,7 +187,7 @@ CHATGLM3_RESPONSE_TEMPLATE: dict[str, Any] = {
     "fields": {
         "tool_calls": {
             # No lookahead: the streaming parser would miss a delimiter that arrives in pieces.
-            "open_pattern": r"(?:^|<\|assistant\|>)\s*(?P<name>[^\s<`]+)[ ]*\n```\w*\n\s*tool_call\(",
+            "open_pattern": r"(?:^|<\|assistant\|>)\s*(?P<name>[^\s<`]+)[ ]*\n[ ]*```\w*\n\s*tool_call\(",
             "close_pattern": r"\s*```\s*",
             "repeats": True,
             "content": "xml-inline",

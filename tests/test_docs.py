@@ -46,6 +46,8 @@ ONLY_FOR: dict[str, list[str]] = {
     '"tools"': ROLE_CASES,
     "tools=": ROLE_CASES,
     "<|user|>": ROLE_CASES,
+    # Random weights call no tool.
+    'message["tool_calls"]': [],
     "encode_special_tokens": ["chatglm3"],
     # Its published config.json lacks AutoModelForCausalLM until it is upgraded.
     "pipeline": CAUSAL_CASES,

@@ -968,6 +968,8 @@ def test_a_template_of_ones_own(fresh: Callable[..., Any]) -> None:
             {"tool_calls": [{"city": "北京", "unit": "it's", "n": 3, "deep": [1, "a"], "m": {"k": 2}, "t": "True"}]},
         ),
         ("get_weather\n```python\ntool_call()\n```<|observation|>", {"tool_calls": [{}]}),
+        # The content is encoded on its own, so what a model writes decodes with SentencePiece's leading space.
+        ("get_weather\n ```python\ntool_call(c='a')\n```<|observation|>", {"tool_calls": [{"c": "a"}]}),
         (
             "\n 我查。<|assistant|>get_weather\n```python\ntool_call(c='a')\n```<|assistant|>get_weather\n"
             "```python\ntool_call(c='b')\n```<|observation|>",
