@@ -21,10 +21,13 @@ What is unusual here:
 - ChatGLM-6B calls three sizes differently from its successors. Its names are accepted by every generation, and
   written back for ChatGLM-6B.
 - No published file says which generation it belongs to. `model_version` does, and is inferred when it is absent.
+- What distinguishes the generations is data, in `GENERATION_FEATURES`. The rest of the code asks the configuration for
+  single features and never compares `model_version`.
 """
 
 import math
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import transformers
@@ -42,14 +45,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring, logging
 
 
+# The version of these files, all of them together.
+__version__ = "0.2.0"
+
 logger = logging.get_logger(__name__)
 
-MODEL_VERSIONS = ("chatglm", "chatglm2", "chatglm3", "glm4")
-
-# Keys that only the configuration files of ChatGLM-6B have.
-CHATGLM_6B_KEYS = ("inner_hidden_size", "max_sequence_length", "position_encoding_2d", "gmask_token_id")
-
-# The library's name of a value -> its name in the files of ChatGLM2, ChatGLM3 and GLM-4.
+# The library's name of a value -> its name in the published files.
 PUBLISHED_KEYS = {
     "num_hidden_layers": "num_layers",
     "vocab_size": "padded_vocab_size",
@@ -59,27 +60,91 @@ PUBLISHED_KEYS = {
     "num_key_value_heads": "multi_query_group_num",
     "rms_norm_eps": "layernorm_epsilon",
 }
-# The same for ChatGLM-6B.
-CHATGLM_6B_PUBLISHED_KEYS = {
-    **PUBLISHED_KEYS,
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_sequence_length",
-    "intermediate_size": "inner_hidden_size",
+
+
+@dataclass(frozen=True)
+class GenerationFeatures:
+    """What the network of one generation does, and how its published files are recognised.
+
+    The defaults are those of ChatGLM3-6B.
+    """
+
+    # How a `config.json` without `model_version` is recognised: by keys that no other generation has, by padding with
+    # one of several end tokens, or by parts of the published repository's name.
+    own_keys: tuple[str, ...] = ()
+    pads_with_end_token: bool = False
+    repository_names: tuple[str, ...] = ()
+    # Settings that the published files leave out, with the values that they have there.
+    default_settings: Mapping[str, Any] = field(default_factory=dict)
+    # Control tokens that the published files leave out, as distances from `bos_token_id`.
+    token_offsets: Mapping[str, int] = field(default_factory=dict)
+    published_keys: Mapping[str, str] = field(default_factory=lambda: PUBLISHED_KEYS)
+    # Parts of the weights' names: ours -> those in the published files, where they differ.
+    published_names: Mapping[str, str] = field(default_factory=dict)
+    # See the properties of the same names in `ChatGLMConfig`.
+    prefix_lm: bool = False
+    is_mlp_gated: bool = True
+    rotary_interleaved: bool = True
+    rotary_whole_head: bool = False
+    rounds_rotary_frequencies: bool = False
+    scales_positions: bool = False
+    residual_scale: float = 1.0
+    tie_last_hidden_states: bool = False
+    published_scale_dtype: str | None = None
+    projects_prefix_from_hidden_size: bool = False
+
+
+# `model_version` -> what is special about that generation.
+GENERATION_FEATURES: dict[str, GenerationFeatures] = {
+    "chatglm": GenerationFeatures(
+        own_keys=("inner_hidden_size", "max_sequence_length", "position_encoding_2d", "gmask_token_id"),
+        repository_names=("chatglm-6b",),
+        default_settings={
+            "multi_query_attention": False,
+            "rmsnorm": False,
+            "add_bias_linear": True,
+            "position_encoding_2d": True,
+            "apply_residual_connection_post_layernorm": True,
+            "tie_word_embeddings": True,
+        },
+        token_offsets={"mask_token_id": -4, "gmask_token_id": -3},
+        published_keys={
+            **PUBLISHED_KEYS,
+            "vocab_size": "vocab_size",
+            "max_position_embeddings": "max_sequence_length",
+            "intermediate_size": "inner_hidden_size",
+        },
+        published_names={
+            "transformer.embedding.word_embeddings.": "transformer.word_embeddings.",
+            "transformer.encoder.layers.": "transformer.layers.",
+            ".self_attention.": ".attention.",
+            "transformer.encoder.final_layernorm.": "transformer.final_layernorm.",
+            "transformer.output_layer.": "lm_head.",
+        },
+        prefix_lm=True,
+        is_mlp_gated=False,
+        rotary_interleaved=False,
+        rotary_whole_head=True,
+        rounds_rotary_frequencies=True,
+        # The square root of twice its 28 layers, in smaller models too.
+        residual_scale=math.sqrt(2 * 28),
+        tie_last_hidden_states=True,
+        published_scale_dtype="float16",
+        projects_prefix_from_hidden_size=True,
+    ),
+    "chatglm2": GenerationFeatures(repository_names=("chatglm2", "codegeex2"), scales_positions=True),
+    "chatglm3": GenerationFeatures(repository_names=("chatglm3",)),
+    "glm4": GenerationFeatures(pads_with_end_token=True, repository_names=("glm-4", "glm4", "codegeex4")),
 }
 
-# Parts of published repository names, the more specific ones first.
-PUBLISHED_NAMES = {
-    "glm-4": "glm4",
-    "glm4": "glm4",
-    "codegeex4": "glm4",
-    "chatglm3": "chatglm3",
-    "chatglm2": "chatglm2",
-    "codegeex2": "chatglm2",
-    "chatglm-6b": "chatglm",
-}
+# A view: generations that are added later are in it.
+MODEL_VERSIONS = GENERATION_FEATURES.keys()
+
+# Where nothing tells, as between ChatGLM2 and ChatGLM3.
+DEFAULT_MODEL_VERSION = "chatglm3"
 
 
-def infer_model_version(config: dict[str, Any]) -> str | None:
+def infer_model_version(config: Mapping[str, Any]) -> str | None:
     """Tell the generation of a published `config.json`.
 
     An explicit `model_version` wins, then the keys and ids that one generation alone has, then the published name.
@@ -88,29 +153,28 @@ def infer_model_version(config: dict[str, Any]) -> str | None:
         config: the content of a `config.json`.
 
     Returns:
-        One of `MODEL_VERSIONS`, or `None` where nothing tells (ChatGLM2 and ChatGLM3 have the same keys).
+        A key of `GENERATION_FEATURES`, or `None` where nothing tells (ChatGLM2 and ChatGLM3 have the same keys).
 
     Raises:
         ValueError: for an explicit `model_version` that does not exist.
     """
     if (model_version := config.get("model_version")) is not None:
-        if model_version not in MODEL_VERSIONS:
-            raise ValueError(f"`model_version` must be one of {MODEL_VERSIONS}, got {model_version!r}.")
+        if model_version not in GENERATION_FEATURES:
+            raise ValueError(f"`model_version` must be one of {tuple(GENERATION_FEATURES)}, got {model_version!r}.")
         return model_version
-    if any(config.get(key) for key in CHATGLM_6B_KEYS):
-        return "chatglm"
+    for model_version, features in GENERATION_FEATURES.items():
+        if any(config.get(key) for key in features.own_keys):
+            return model_version
     eos_token_id = config.get("eos_token_id")
-    # GLM-4 pads with `<|endoftext|>`, one of its end tokens. Trainers do the same with `</s>`, the others' id 2.
-    if (
-        isinstance(eos_token_id, (list, tuple))
-        and config.get("pad_token_id") in eos_token_id
-        and 2 not in eos_token_id
-    ):
-        return "glm4"
+    has_end_tokens = isinstance(eos_token_id, (list, tuple)) and config.get("pad_token_id") in eos_token_id
+    for model_version, features in GENERATION_FEATURES.items():
+        # Trainers make the other generations pad with their end token too: `</s>`, id 2.
+        if features.pads_with_end_token and has_end_tokens and 2 not in eos_token_id:
+            return model_version
     for key in ("_name_or_path", "name_or_path"):
         name = str(config.get(key) or "").lower()
-        for part, model_version in PUBLISHED_NAMES.items():
-            if part in name:
+        for model_version, features in GENERATION_FEATURES.items():
+            if any(part in name for part in features.repository_names):
                 return model_version
     return None
 
@@ -230,36 +294,35 @@ class ChatGLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         own_keys = {name: getattr(self, name) for name in own_field_names() if getattr(self, name) is not None}
-        self.model_version = infer_model_version({**kwargs, **own_keys}) or "chatglm3"
+        self.model_version = infer_model_version({**kwargs, **own_keys}) or DEFAULT_MODEL_VERSION
         for name in [name for name in kwargs if name in self.attribute_map]:
             setattr(self, name, kwargs.pop(name))
         if self.quantization_bit and kwargs.get("quantization_config") is None:
             kwargs["quantization_config"] = {"quant_method": "chatglm", "bits": self.quantization_bit}
-        is_chatglm_6b = self.model_version == "chatglm"
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
-        if self.multi_query_attention is None:
-            self.multi_query_attention = not is_chatglm_6b
+        self._fill_in_defaults()
+        self._validate_sizes()
+        super().__post_init__(**kwargs)
+
+    def _fill_in_defaults(self) -> None:
+        defaults = {
+            "multi_query_attention": True,
+            "rmsnorm": True,
+            "add_bias_linear": False,
+            "position_encoding_2d": False,
+            "apply_residual_connection_post_layernorm": False,
+            "tie_word_embeddings": False,
+            "head_dim": self.hidden_size // max(self.num_attention_heads, 1),
+            **self.features.default_settings,
+        }
+        if self.bos_token_id is not None:
+            defaults |= {name: self.bos_token_id + offset for name, offset in self.features.token_offsets.items()}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if not self.multi_query_attention:
             self.num_key_value_heads = self.num_attention_heads
         elif self.num_key_value_heads is None:
             self.num_key_value_heads = 2
-        if self.rmsnorm is None:
-            self.rmsnorm = not is_chatglm_6b
-        if self.add_bias_linear is None:
-            self.add_bias_linear = is_chatglm_6b
-        if self.position_encoding_2d is None:
-            self.position_encoding_2d = is_chatglm_6b
-        if self.apply_residual_connection_post_layernorm is None:
-            self.apply_residual_connection_post_layernorm = is_chatglm_6b
-        if is_chatglm_6b and self.bos_token_id is not None:
-            # The older vocabulary's file names neither.
-            self.mask_token_id = self.bos_token_id - 4 if self.mask_token_id is None else self.mask_token_id
-            self.gmask_token_id = self.bos_token_id - 3 if self.gmask_token_id is None else self.gmask_token_id
-        if self.tie_word_embeddings is None:
-            self.tie_word_embeddings = is_chatglm_6b
-        self._validate_sizes()
-        super().__post_init__(**kwargs)
 
     def _validate_sizes(self) -> None:
         positive = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
@@ -286,19 +349,72 @@ class ChatGLMConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
 
     @property
+    def features(self) -> GenerationFeatures:
+        """What is special about this generation. The code asks for single features by the properties below."""
+        return GENERATION_FEATURES[self.model_version or DEFAULT_MODEL_VERSION]
+
+    @property
     def prefix_lm(self) -> bool:
-        """Whether the tokens before `<sop>` see each other both ways, and positions are counted as ChatGLM-6B does."""
-        return self.model_version == "chatglm"
+        """Whether the tokens before `<sop>` see each other both ways, and positions stand still behind it."""
+        return self.features.prefix_lm
+
+    @property
+    def is_mlp_gated(self) -> bool:
+        """Whether the feed-forward layer is SwiGLU; otherwise it is GELU."""
+        return self.features.is_mlp_gated
+
+    @property
+    def rotary_interleaved(self) -> bool:
+        """Whether rotary positions turn neighbouring channels; otherwise one half with the other."""
+        return self.features.rotary_interleaved
+
+    @property
+    def rotary_whole_head(self) -> bool:
+        """Whether one position turns all channels of a head; otherwise half of them."""
+        return self.features.rotary_whole_head and not self.position_encoding_2d
+
+    @property
+    def rounds_rotary_frequencies(self) -> bool:
+        """Whether rotary frequencies are rounded to float16, as they were in training."""
+        return self.features.rounds_rotary_frequencies
+
+    @property
+    def scales_positions(self) -> bool:
+        """Whether positions are divided by `rope_ratio`; otherwise the base is multiplied by it."""
+        return self.features.scales_positions
 
     @property
     def residual_scale(self) -> float:
-        """Factor of the residual. ChatGLM-6B: the square root of twice its 28 layers, however many there are."""
-        return math.sqrt(2 * 28) if self.model_version == "chatglm" else 1.0
+        """Factor of the residual."""
+        return self.features.residual_scale
 
     @property
     def tie_last_hidden_states(self) -> bool:
-        """Whether the last of the returned hidden states is the normed one, as the published ChatGLM-6B has it."""
-        return self.model_version == "chatglm"
+        """Whether the last of the returned hidden states is the normed one, as in the published code."""
+        return self.features.tie_last_hidden_states
+
+    @property
+    def published_scale_dtype(self) -> str | None:
+        """The dtype of all scales of quantized weights, or `None` where it is that of the weights."""
+        return self.features.published_scale_dtype
+
+    @property
+    def published_names(self) -> Mapping[str, str]:
+        """Parts of the weights' names: ours -> those in the published files, where they differ."""
+        return self.features.published_names
+
+    @property
+    def prefix_size(self) -> int:
+        """How many numbers a P-tuning prefix has for each virtual token: keys and values of every layer."""
+        return self.num_hidden_layers * 2 * self.num_key_value_heads * self.head_dim
+
+    @property
+    def prefix_embedding_size(self) -> int:
+        """Width of a P-tuning prefix's embedding, from which `prefix_projection` makes `prefix_size` numbers."""
+        # CODEPATH: chatglm-6b projects from the hidden size; chatglm2, chatglm3 and glm4 from the size of the cache.
+        if self.prefix_projection and self.features.projects_prefix_from_hidden_size:
+            return self.hidden_size
+        return self.prefix_size
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ChatGLMConfig":
@@ -325,9 +441,15 @@ class ChatGLMConfig(PreTrainedConfig):
         # The published code knows `quantization_bit` alone, and its library rejects any `quantization_config`.
         if config_dict.get("quantization_bit"):
             config_dict.pop("quantization_config", None)
-        # CODEPATH: chatglm-6b; chatglm2, chatglm3 and glm4 take the else.
-        published = CHATGLM_6B_PUBLISHED_KEYS if self.model_version == "chatglm" else PUBLISHED_KEYS
-        return {published.get(key, key): value for key, value in config_dict.items()}
+        published_keys = self.features.published_keys
+        return {published_keys.get(key, key): value for key, value in config_dict.items()}
 
 
-__all__ = ["ChatGLMConfig", "MODEL_VERSIONS", "infer_model_version"]
+__all__ = [
+    "ChatGLMConfig",
+    "GENERATION_FEATURES",
+    "GenerationFeatures",
+    "MODEL_VERSIONS",
+    "__version__",
+    "infer_model_version",
+]

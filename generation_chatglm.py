@@ -46,13 +46,6 @@ from .conversation_chatglm import ConversationFormat, conversation_format
 History = list[tuple[str, str]] | list[dict[str, Any]]
 
 
-def reduce_published_mask(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The mask of ChatGLM-6B's tokenizer, bool `[batch, 1, seq, seq]`, true = blocked, as `[batch, seq]`, 1 = real."""
-    if attention_mask is None or attention_mask.ndim == 2 or attention_mask.dtype != torch.bool:
-        return attention_mask
-    return (~attention_mask).any(dim=-2)[:, 0].long()
-
-
 class ConversationCache(DynamicCache):
     """A cache that knows which tokens it holds, so that the next turn can tell how much of it still applies."""
 
@@ -195,8 +188,12 @@ class ChatGLMGenerationMixin(GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
+    def as_padding_mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """A mask in the form of the tokenizer as `[batch, seq]`, 1 for real tokens."""
+        return attention_mask
+
     def _prepare_prefix_lm(self, generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
-        kwargs["attention_mask"] = reduce_published_mask(kwargs.get("attention_mask"))
+        kwargs["attention_mask"] = self.as_padding_mask(kwargs.get("attention_mask"))
         if kwargs.get("inputs_embeds") is None:
             # Read off the ids at every step; what the tokenizer returned holds for the first one only.
             kwargs.pop("position_ids", None)

@@ -22,19 +22,14 @@ What is unusual here:
 - Queries, keys and values come from one projection, gate and up from another.
 - Rotary positions turn only the first half of every head, in interleaved pairs (0, 1), (2, 3), ...; `rope_ratio`
   stretches positions in ChatGLM2 and raises the base in ChatGLM3 and GLM-4.
-- ChatGLM-6B is a prefix language model. What stands before `<sop>` sees itself both ways. Its tokens have two
-  positions, in the text and in the answer, and each turns one half of every head. Its residual starts from the output
+- In ChatGLM-6B a token has two positions, and each turns one half of every head. Its residual starts from the output
   of the norm, scaled.
-- A prefix of P-tuning v2 is the initial content of the cache; real tokens still count from position 0. Its weights stay
-  float32 whatever the model is loaded in.
-- A mask never hides everything from a query: padding positions get some attention instead of NaN.
+- What differs between the generations is a property of the configuration; nothing here asks for the generation itself.
 """
 
-import copy
-import os
+import re
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,7 +40,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -54,23 +48,32 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_chatglm import ChatGLMConfig
-from .generation_chatglm import ChatGLMGenerationMixin, reduce_published_mask
-from .prefix_checkpoint import PREFIX_KEY, check_stored_prefix, find_prefix, write_prefix
+from .configuration_chatglm import GENERATION_FEATURES, ChatGLMConfig
+from .generation_chatglm import ChatGLMGenerationMixin
+from .modeling_positions import (
+    count_positions,
+    make_mask,
+    make_prefix_lm_inputs,
+    prefix_lm_positions,
+    reduce_published_mask,
+    unmask_empty_rows,
+)
+from .modeling_prefix import (
+    PrefixCache,
+    PrefixEncoder,
+    PrefixGenerationMixin,
+    PrefixModelMixin,
+    PrefixTuningMixin,
+)
 from .quantization import ChatGLMQuantizationMixin, init_quantized_linear
 
 
-logger = logging.get_logger(__name__)
-
 # Attention that takes any mask.
 PREFIX_LM_ATTENTION = ("sdpa", "eager", "flex_attention")
-
-# Layers x 2 x key/value heads x width of a head: what a prefix has for each of its tokens.
-PUBLISHED_PREFIX_WIDTHS = {229376: "ChatGLM-6B", 14336: "ChatGLM2-6B or ChatGLM3-6B", 20480: "GLM-4-9B"}
 
 
 class ChatGLMRMSNorm(nn.Module):
@@ -114,7 +117,7 @@ class ChatGLMMLP(nn.Module):
         super().__init__()
         bias = config.add_bias_linear
         # CODEPATH: chatglm2, chatglm3, glm4 have a gate; chatglm-6b has none.
-        self.is_gated = not config.prefix_lm
+        self.is_gated = config.is_mlp_gated
         up_size = 2 * config.intermediate_size if self.is_gated else config.intermediate_size
         self.dense_h_to_4h = nn.Linear(config.hidden_size, up_size, bias=bias)
         self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
@@ -145,13 +148,13 @@ class ChatGLMRotaryEmbedding(nn.Module):
     ) -> tuple[torch.Tensor, float]:
         """Frequencies `base^(-2i / dim)` in float32, shape `[dim / 2]`, and a scaling of 1 for cos and sin."""
         # CODEPATH: chatglm-6b may turn the whole head by one position; all published checkpoints turn half a head.
-        dim = config.head_dim if config.prefix_lm and not config.position_encoding_2d else config.head_dim // 2
+        dim = config.head_dim if config.rotary_whole_head else config.head_dim // 2
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
         # CODEPATH: chatglm-6b was trained with frequencies that were rounded once.
-        if config.prefix_lm:
+        if config.rounds_rotary_frequencies:
             return (1.0 / 10000.0**exponents).half().float(), 1.0
         # CODEPATH: chatglm2-6b-32k divides the position by the ratio; chatglm3-6b-32k/-128k and glm4 raise the base.
-        if config.model_version == "chatglm2":
+        if config.scales_positions:
             return 10000.0**-exponents / config.rope_ratio, 1.0
         return (10000.0 * config.rope_ratio) ** -exponents, 1.0
 
@@ -230,7 +233,7 @@ class ChatGLMAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
         # CODEPATH: chatglm2, chatglm3, glm4 turn neighbours; chatglm-6b turns halves.
-        self.rotary_interleaved = not config.prefix_lm
+        self.rotary_interleaved = config.rotary_interleaved
         self.query_size = config.num_attention_heads * self.head_dim
         self.key_value_size = config.num_key_value_heads * self.head_dim
         qkv_size = self.query_size + 2 * self.key_value_size
@@ -253,24 +256,23 @@ class ChatGLMAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        prefix_cache: PrefixCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query_states, key_states, value_states = self.split_heads(self.query_key_value(hidden_states))
         query_states = apply_rotary_pos_emb(query_states, *position_embeddings, self.rotary_interleaved)
         key_states = apply_rotary_pos_emb(key_states, *position_embeddings, self.rotary_interleaved)
 
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
-        elif prefix is not None:
-            key_states = torch.cat((prefix[0].to(key_states.dtype), key_states), dim=2)
-            value_states = torch.cat((prefix[1].to(value_states.dtype), value_states), dim=2)
+        # Gradient checkpointing takes every other cache away.
+        cache = past_key_values if prefix_cache is None else prefix_cache
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         module = self
-        is_folded = attention_mask is None and self.is_better_folded(attention_interface, query_states)
+        is_folded = attention_mask is None and self.should_fold_query_heads(attention_interface, query_states)
         if is_folded:
             module = FOLDED_HEADS
             query_states = query_states.view(key_states.shape[0], key_states.shape[1], -1, self.head_dim)
@@ -288,7 +290,7 @@ class ChatGLMAttention(nn.Module):
             attn_output = attn_output.transpose(1, 2).flatten(1, 2).unsqueeze(1)  # [batch, 1, heads, head_dim]
         return self.dense(attn_output.flatten(2)), attn_weights
 
-    def is_better_folded(self, attention_interface: Callable, query_states: torch.Tensor) -> bool:
+    def should_fold_query_heads(self, attention_interface: Callable, query_states: torch.Tensor) -> bool:
         """Whether one query for each head is quicker as `[batch, kv_heads, groups, head_dim]`, without grouped heads.
 
         For grouped heads torch's CPU kernel takes ten times as long (2.13).
@@ -324,7 +326,6 @@ class ChatGLMBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        *prefix: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -336,7 +337,6 @@ class ChatGLMBlock(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            prefix=prefix or None,
             **kwargs,
         )
         hidden_states = self.add_residual(hidden_states, normed, attn_output)
@@ -353,187 +353,10 @@ class ChatGLMEncoder(nn.Module):
         # CODEPATH: every published checkpoint has the final norm; models trained without it take the else.
         self.final_layernorm = make_norm(config) if config.post_layer_norm else nn.Identity()
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        prefix: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        for layer_idx, layer in enumerate(self.layers):
-            # Reentrant checkpointing finds gradients of positional tensors only.
-            hidden_states = layer(hidden_states, *(prefix[layer_idx] if prefix is not None else ()), **kwargs)
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
         return self.final_layernorm(hidden_states)
-
-
-class PrefixEncoder(nn.Module):
-    """The trained prefix of P-tuning v2 (https://arxiv.org/abs/2110.07602): keys and values for every layer."""
-
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__()
-        self.pre_seq_len = config.pre_seq_len
-        self.num_layers = config.num_hidden_layers
-        self.num_key_value_heads = config.num_key_value_heads
-        kv_size = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
-        self.prefix_projection = config.prefix_projection
-        # CODEPATH: chatglm-6b projects from the hidden size; chatglm2, chatglm3 and glm4 from the size of the cache.
-        embedding_size = config.hidden_size if config.prefix_projection and config.prefix_lm else kv_size
-        # Steps of training are lost in the rounding of half precision. A dtype named here outlives `dtype` in loading.
-        self.embedding = nn.Embedding(config.pre_seq_len, embedding_size, dtype=torch.float32)
-        if self.prefix_projection:
-            # Their published keys are `trans.0` and `trans.2`.
-            self.trans = nn.Sequential(  # trf-ignore: TRF036
-                nn.Linear(embedding_size, config.hidden_size, dtype=torch.float32),
-                nn.Tanh(),
-                nn.Linear(config.hidden_size, kv_size, dtype=torch.float32),
-            )
-        self.dropout = nn.Dropout(0.1)
-
-    def forward(self, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of each layer, `[batch, kv_heads, prefix, head_dim]` each."""
-        prefix = self.embedding.weight  # [prefix, layers * 2 * kv_heads * head_dim]
-        if self.prefix_projection:
-            prefix = self.trans(prefix)
-        prefix = prefix.view(self.pre_seq_len, self.num_layers, 2, self.num_key_value_heads, -1)
-        prefix = prefix.expand(batch_size, -1, -1, -1, -1, -1).permute(2, 3, 0, 4, 1, 5)
-        # [layers, 2, batch, kv_heads, prefix, head_dim]; every row of the batch has a dropout mask of its own.
-        return [(layer[0], layer[1]) for layer in self.dropout(prefix)]
-
-
-def make_prefix_encoder(config: ChatGLMConfig, weights: dict[str, torch.Tensor]) -> PrefixEncoder:
-    """Make the prefix encoder that some weights belong to, in float32 on the CPU; `config` is not changed.
-
-    Args:
-        config: of the model that is to take the prefix.
-        weights: by their names in a [`PrefixEncoder`]; their shapes tell its length and whether it has a projection.
-
-    Raises:
-        ValueError: if weights are missing or unknown, or were made for another model.
-    """
-    config = copy.copy(config)
-    config.prefix_projection = has_projection = any(name.startswith("trans.") for name in weights)
-    config.pre_seq_len = len(weights.get("embedding.weight", ()))
-    with torch.device("meta"):
-        encoder = PrefixEncoder(config)
-    shapes = {name: tuple(weight.shape) for name, weight in encoder.named_parameters()}
-    missing, unknown = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
-    if missing or unknown:
-        kind = "with" if has_projection else "without"
-        raise ValueError(
-            f"The weights of this prefix are incomplete or of another kind. A prefix {kind} `prefix_projection` consists "
-            f"of {sorted(shapes)}; missing: {missing or 'none'}, unknown: {unknown or 'none'}."
-        )
-    name, dim = ("trans.2.weight", 0) if has_projection else ("embedding.weight", -1)
-    found, wanted, hidden_size = weights[name].shape[dim], shapes[name][dim], config.hidden_size
-    if found != wanted:
-        origin = f" ({PUBLISHED_PREFIX_WIDTHS[found]})" if found in PUBLISHED_PREFIX_WIDTHS else ""
-        if found == hidden_size and not has_projection:
-            origin = " (the hidden size: is this the embedding of a prefix whose `trans` weights are missing?)"
-        raise ValueError(
-            f"This prefix was made for another model: it has {found} numbers for each virtual token{origin}, and this "
-            f"model takes {wanted} = {config.num_hidden_layers} layers x 2 x {config.num_key_value_heads} key/value heads "
-            f"x {config.head_dim}."
-        )
-    for name, shape in shapes.items():
-        if weights[name].shape != shape:
-            raise ValueError(
-                f"This prefix was made for another model: `{name}` is {tuple(weights[name].shape)}, and this model "
-                f"(hidden size {hidden_size}, prefix of {config.pre_seq_len}) takes {shape}."
-            )
-    encoder.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
-    return encoder
-
-
-def is_empty_cache(cache: Cache | None, num_new_tokens: int) -> bool:
-    """Whether a cache holds nothing yet, not even a prefix, `num_new_tokens` being about to come."""
-    if cache is None or not cache.is_initialized:
-        return True
-    length = cache.get_seq_length()
-    if not isinstance(length, torch.Tensor):
-        return length == 0
-    # A static cache that was reset. It counts on the device, which neither compiled code nor a single step is to wait for.
-    return num_new_tokens > 1 and not torch.compiler.is_compiling() and length.item() == 0
-
-
-def prefix_lm_positions(
-    config: ChatGLMConfig, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
-) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Positions and context of ChatGLM-6B (GLM, https://arxiv.org/abs/2103.10360), read off the ids.
-
-    The context ends where the first `<sop>` stands. The tokens from there on have the position of the mask token that
-    they fill, the first `[gMASK]` or else the first `[MASK]`, and count 1, 2, 3, ... in the block. A row without
-    `<sop>` has no answer yet and is read from left to right.
-
-    Args:
-        input_ids: `[batch, seq]`, from the first token on.
-        attention_mask: `[batch, seq]`, 1 for real tokens.
-
-    Returns:
-        Positions, `[batch, 2, seq]` (token and block position) or `[batch, seq]` with `position_encoding_2d: false`,
-        and token types, `[batch, seq]`, 1 for the context.
-    """
-    is_real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    index = (is_real.cumsum(-1) - 1).clamp(min=0)
-    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-
-    def first_column(token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-        found = (input_ids == token_id) & is_real
-        return found.any(-1, keepdim=True), found.int().argmax(-1, keepdim=True)
-
-    has_start, start = first_column(config.bos_token_id)
-    has_gmask, gmask = first_column(config.gmask_token_id)
-    has_mask, mask = first_column(config.mask_token_id)
-    is_answer = has_start & is_real & (columns >= start)
-    blank = torch.where(has_gmask, gmask, torch.where(has_mask, mask, (start - 1).clamp(min=0)))
-    blank_position = index.gather(1, blank)
-    token_types = (has_start & is_real & (columns < start)).long()
-    # CODEPATH: no published checkpoint has one-dimensional positions; there `[gMASK]` lets them count on.
-    if not config.position_encoding_2d:
-        return torch.where(is_answer & ~has_gmask, blank_position, index) * is_real, token_types
-    position = torch.where(is_answer, blank_position, index)
-    block_position = torch.where(is_answer, columns - start + 1, 0)
-    return torch.stack((position, block_position), dim=1), token_types
-
-
-def unmask_empty_rows(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Let queries that may see nothing (padding) see everything, since a softmax over nothing is NaN.
-
-    Args:
-        attention_mask: what `create_causal_mask` returned; only 4-D tensors `[batch, 1, seq, kv_seq]` are changed.
-    """
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 4 or attention_mask.shape[2] == 1:
-        return attention_mask
-    if attention_mask.dtype == torch.bool:
-        return attention_mask | ~attention_mask.any(dim=-1, keepdim=True)
-    is_empty = (attention_mask == torch.finfo(attention_mask.dtype).min).all(dim=-1, keepdim=True)
-    return attention_mask.masked_fill(is_empty, 0.0)
-
-
-def make_mask(
-    config: ChatGLMConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
-    position_ids: torch.LongTensor,
-    token_type_ids: torch.LongTensor | None,
-    is_first_step: bool,
-) -> Any:
-    """The one mask of a forward pass: causal, and for the context of ChatGLM-6B bidirectional."""
-    block_sequence_ids = None
-    # CODEPATH: chatglm-6b, whose context is in the first step as a whole; whatever follows sees all of it.
-    if config.prefix_lm and is_first_step and token_type_ids is not None:
-        block_sequence_ids = torch.where(token_type_ids == 1, 0, -1)
-        # CODEPATH: chatglm-6b with a P-tuning prefix, which everything sees because it comes first.
-        if config.pre_seq_len is not None:
-            block_sequence_ids = F.pad(block_sequence_ids, (config.pre_seq_len, 0), value=-1)
-    return create_causal_mask(
-        config=config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        past_key_values=past_key_values,
-        # CODEPATH: chatglm-6b; positions tell packed sequences apart, but its own stand still and come in two rows.
-        position_ids=None if config.prefix_lm else position_ids,
-        block_sequence_ids=block_sequence_ids,
-    )
 
 
 def tie_last_hidden_state(forward: Callable) -> Callable:
@@ -554,7 +377,7 @@ def tie_last_hidden_state(forward: Callable) -> Callable:
 
 
 @auto_docstring
-class ChatGLMPreTrainedModel(ChatGLMQuantizationMixin, PreTrainedModel):
+class ChatGLMPreTrainedModel(PrefixTuningMixin, ChatGLMQuantizationMixin, PreTrainedModel):
     config: ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
@@ -583,25 +406,12 @@ class ChatGLMPreTrainedModel(ChatGLMQuantizationMixin, PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         # Published training scripts pass it; Transformers 5 never fills weights that are about to be loaded.
         kwargs.pop("empty_init", None)
-        cls._check_prefix(*args, **kwargs)
+        cls.check_stored_prefix(*args, **kwargs)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # Loading replaces the parameters by new ones, which all require a gradient.
-        model.freeze_untrained()
+        model.freeze_base_model()
         return loaded
-
-    @classmethod
-    def _check_prefix(cls, path: Any = None, *args: Any, config: Any = None, **kwargs: Any) -> None:
-        # The library loads such a prefix in part, or says which shapes differ but not which setting does.
-        path = path or kwargs.get("pretrained_model_name_or_path") or ""
-        asked = {name: kwargs[name] for name in ("pre_seq_len", "prefix_projection") if name in kwargs}
-        if not os.path.isdir(path) or kwargs.get("ignore_mismatched_sizes"):
-            return
-        if not hasattr(config, "pre_seq_len"):
-            config = cls.config_class.from_pretrained(config or path, **asked)
-        # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
-        if config.pre_seq_len is not None:
-            check_stored_prefix(config, Path(path, kwargs.get("subfolder") or ""))
 
     def _init_weights(self, module: nn.Module) -> None:
         prefix_encoder = self.base_model.prefix_encoder
@@ -615,59 +425,11 @@ class ChatGLMPreTrainedModel(ChatGLMQuantizationMixin, PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def freeze_untrained(self) -> None:
-        """Take the gradient off what training must not or cannot change: all but the prefix in P-tuning v2."""
-        if (prefix_encoder := self.base_model.prefix_encoder) is not None:
-            self.base_model.requires_grad_(False)
-            prefix_encoder.requires_grad_(True)
-
     def dequantize(self, *args: Any, **kwargs: Any) -> Any:
         """Turn quantized weights back into floats; see [`ChatGLMQuantizationMixin`]."""
         model = super().dequantize(*args, **kwargs)
-        self.freeze_untrained()
+        self.freeze_base_model()
         return model
-
-    def load_prefix_encoder(self, path: str | os.PathLike) -> None:
-        """Give the model a trained prefix of P-tuning v2, in place of the one it has; all else is frozen.
-
-        `pre_seq_len` and `prefix_projection` follow from the weights. A conversation starts its cache anew.
-
-        Args:
-            path: a file (`.safetensors`, PyTorch's `.bin`, or an index of shards) or a folder as `save_prefix_encoder`,
-                `save_pretrained` or the library's Trainer write it. Of a whole model, the prefix is taken.
-
-        Raises:
-            FileNotFoundError: if there is no such file or folder, or no weights in the folder.
-            ValueError: if there is no prefix in it, or it is incomplete or of another model. Nothing is changed then.
-        """
-        encoder = make_prefix_encoder(self.config, find_prefix(Path(path)))
-        # An embedding that is offloaded is on the meta device until it is used.
-        device = self.get_input_embeddings().weight.device
-        encoder.to("cpu" if device.type == "meta" else device).train(self.training)
-        self.base_model.prefix_encoder = encoder
-        self.config.pre_seq_len = encoder.pre_seq_len
-        self.config.prefix_projection = encoder.prefix_projection
-        self.freeze_untrained()
-
-    def save_prefix_encoder(self, path: str | os.PathLike) -> Path:
-        """Save the prefix alone, in float32 and under its published names (`transformer.prefix_encoder.*`).
-
-        A different file of that name becomes `NAME.bak`, or `NAME.bak.1`, ... if there is one.
-
-        Args:
-            path: a name that ends in `.safetensors` or `.bin` (PyTorch's format), or else a folder, which is made and
-                gets `prefix_encoder.safetensors`.
-
-        Returns:
-            The file.
-
-        Raises:
-            ValueError: if the model has no prefix, or a file is where the folder should be.
-        """
-        if (encoder := self.base_model.prefix_encoder) is None:
-            raise ValueError("This model has no prefix to save. Load it with `pre_seq_len=128`, say, and train it.")
-        weights = {f"transformer.{PREFIX_KEY}{name}": weight for name, weight in encoder.named_parameters()}
-        return write_prefix(weights, Path(path))
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embedding.word_embeddings
@@ -683,7 +445,7 @@ class ChatGLMPreTrainedModel(ChatGLMQuantizationMixin, PreTrainedModel):
 
 
 @auto_docstring(custom_intro="The decoder without a head on top, usable alone as a text encoder.")
-class ChatGLMModel(ChatGLMPreTrainedModel):
+class ChatGLMModel(PrefixModelMixin, ChatGLMPreTrainedModel):
     # Tied in ChatGLM-6B only (`tie_word_embeddings`).
     _tied_weights_keys = {"output_layer.weight": "embedding.word_embeddings.weight"}
 
@@ -697,93 +459,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
         if config.pre_seq_len is not None:
             self.prefix_encoder = PrefixEncoder(config)
-        self.freeze_untrained()
+        self.freeze_base_model()
         self.gradient_checkpointing = False
         self.post_init()
-
-    def put_prefix(
-        self, cache: Cache, batch_size: int, dtype: torch.dtype, device: torch.device
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Put the prefix into an empty cache.
-
-        Returns:
-            What was put there: keys and values `[batch, kv_heads, prefix, head_dim]` of each layer, where the layer is.
-        """
-        prefix = []
-        for layer_idx, (keys, values) in enumerate(self.prefix_encoder(batch_size)):
-            weight = self.encoder.layers[layer_idx].input_layernorm.weight
-            # The weights of a layer that is offloaded are on the meta device until they are used.
-            layer_device = device if weight.is_meta else weight.device
-            prefix.append((keys.to(layer_device, dtype), values.to(layer_device, dtype)))
-            cache.update(*prefix[-1], layer_idx)
-        return prefix
-
-    def add_prefix(
-        self, past_key_values: Cache | None, inputs_embeds: torch.Tensor
-    ) -> tuple[Cache, list[tuple[torch.Tensor, torch.Tensor]] | None]:
-        """Put the prefix into a cache that holds nothing yet, making the cache if there is none.
-
-        Returns:
-            The cache, and the prefix of each layer where layers are computed twice and cannot have a cache.
-
-        Raises:
-            ValueError: if such layers are to continue a cache.
-        """
-        is_checkpointed = self.gradient_checkpointing and self.training
-        if not is_empty_cache(past_key_values, inputs_embeds.shape[1]):
-            if is_checkpointed:
-                raise ValueError(
-                    "Gradient checkpointing computes layers twice, so a cache with a P-tuning prefix (`pre_seq_len`) "
-                    "cannot be continued: leave `past_key_values` out, or call `gradient_checkpointing_disable`."
-                )
-            return past_key_values, None
-        if past_key_values is None or is_checkpointed:
-            past_key_values = DynamicCache()
-        prefix = self.put_prefix(past_key_values, inputs_embeds.shape[0], inputs_embeds.dtype, inputs_embeds.device)
-        return past_key_values, prefix if is_checkpointed else None
-
-    def make_position_ids(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
-    ) -> torch.LongTensor:
-        """Positions `[batch or 1, seq]`: real tokens count from 0, padding is 0 and a prefix has none."""
-        seq_len = inputs_embeds.shape[1]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            positions = attention_mask.long().cumsum(-1) - 1
-            return positions.masked_fill(attention_mask == 0, 0)[:, -seq_len:]
-        past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if self.prefix_encoder is not None:
-            past_seen_tokens = past_seen_tokens - self.config.pre_seq_len
-        return (torch.arange(seq_len, device=inputs_embeds.device) + past_seen_tokens).unsqueeze(0)
-
-    def make_prefix_lm_inputs(
-        self,
-        input_ids: torch.LongTensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-        token_type_ids: torch.LongTensor | None,
-        is_first_step: bool,
-    ) -> tuple[torch.LongTensor | None, torch.LongTensor | None]:
-        """Fill in positions and token types of ChatGLM-6B, as far as ids or the other of the two tell them."""
-        if position_ids is not None and token_type_ids is not None:
-            return position_ids, token_type_ids
-        if input_ids is not None and is_first_step:
-            mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-            found_position_ids, found_token_type_ids = prefix_lm_positions(self.config, input_ids, mask)
-            position_ids = found_position_ids if position_ids is None else position_ids
-            token_type_ids = found_token_type_ids if token_type_ids is None else token_type_ids
-        elif position_ids is None and not is_first_step:
-            raise ValueError(
-                "Give `position_ids` when a cache is continued by hand: those of ChatGLM-6B depend on tokens that are "
-                "in the cache already. `generate` computes them."
-            )
-        elif token_type_ids is None and position_ids is not None and position_ids.ndim == 3:
-            token_type_ids = (position_ids[:, 1] == 0).long()
-        elif token_type_ids is None and is_first_step:
-            logger.warning_once(
-                "Embeddings do not tell where the context of ChatGLM-6B ends, so they are read from left to right. Give "
-                "`position_ids` of shape [batch, 2, seq] as the tokenizer returns them."
-            )
-        return position_ids, token_type_ids
 
     @tie_last_hidden_state
     @merge_with_config_defaults
@@ -818,28 +496,30 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             attention_mask = reduce_published_mask(attention_mask)
         # CODEPATH: chatglm-6b; the others are causal and have one position for each token.
         if self.config.prefix_lm:
-            position_ids, token_type_ids = self.make_prefix_lm_inputs(
-                input_ids, attention_mask, position_ids, token_type_ids, is_first_step
+            position_ids, token_type_ids = make_prefix_lm_inputs(
+                self.config, input_ids, attention_mask, position_ids, token_type_ids, is_first_step
             )
-        prefix = None
+        num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        prefix_cache = None
+        # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
         if self.prefix_encoder is not None:
-            past_key_values, prefix = self.add_prefix(past_key_values, inputs_embeds)
+            past_key_values, prefix_cache = self.add_prefix(past_key_values, inputs_embeds)
+            num_cached = past_key_values.get_seq_length() - self.config.pre_seq_len
         if position_ids is None:
-            position_ids = self.make_position_ids(inputs_embeds, attention_mask, past_key_values)
+            position_ids = count_positions(attention_mask, inputs_embeds.shape[1], num_cached, inputs_embeds.device)
         if self.prefix_encoder is not None and attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = F.pad(attention_mask, (self.config.pre_seq_len, 0), value=1)
-
         mask = make_mask(
             self.config, inputs_embeds, attention_mask, past_key_values, position_ids, token_type_ids, is_first_step
         )
         # CODEPATH: no published checkpoint keeps the residual stream in float32; the flag is for trainers.
         hidden_states = inputs_embeds.float() if self.config.fp32_residual_connection else inputs_embeds
         hidden_states = self.encoder(
-            hidden_states,
-            prefix,
+            hidden_states if prefix_cache is None else prefix_cache.pass_gradients(hidden_states),
             position_embeddings=self.rotary_pos_emb(inputs_embeds, position_ids),
             attention_mask=unmask_empty_rows(mask),
-            past_key_values=past_key_values if prefix is None else None,
+            past_key_values=past_key_values if prefix_cache is None else None,
+            prefix_cache=prefix_cache,
             position_ids=position_ids,
             use_cache=use_cache,
             **kwargs,
@@ -853,7 +533,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 @auto_docstring(
     custom_intro="The language model: `generate`, and `chat` in the conversation format of its generation."
 )
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationMixin):
+class ChatGLMForConditionalGeneration(PrefixGenerationMixin, ChatGLMPreTrainedModel, ChatGLMGenerationMixin):
     _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
 
     def __init__(self, config: ChatGLMConfig) -> None:
@@ -902,6 +582,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
             attentions=outputs.attentions,
         )
 
+    def as_padding_mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        return reduce_published_mask(attention_mask)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
@@ -912,7 +595,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
     ) -> dict[str, Any]:
         # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
         if self.config.pre_seq_len is not None and kwargs.get("past_key_values") is not None:
-            kwargs["next_sequence_length"] = self.count_without_prefix(input_ids, attention_mask, **kwargs)
+            kwargs["next_sequence_length"] = self.count_new_tokens(input_ids, attention_mask, **kwargs)
         # CODEPATH: chatglm-6b, whose positions and context are read off the whole of the ids at every step.
         if self.config.prefix_lm and inputs_embeds is None:
             position_ids, kwargs["token_type_ids"] = prefix_lm_positions(self.config, input_ids, attention_mask)
@@ -925,32 +608,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
         return super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
         )
-
-    def count_without_prefix(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache,
-        next_sequence_length: int | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> int | None:
-        """How many ids are not in the cache yet. The library counts the prefix among the tokens that are."""
-        is_static = past_key_values.is_compileable
-        # A static cache counts on the device, so it is asked in the prefill only.
-        if is_static and not is_first_iteration and past_key_values.is_initialized and next_sequence_length == 1:
-            return next_sequence_length
-        length = int(past_key_values.get_seq_length())
-        num_cached = length - self.config.pre_seq_len
-        if length > 0 > num_cached:
-            # The library crops the cache of an assistant to the length of its text.
-            past_key_values.crop(-length)
-        elif length == 0 and is_static:
-            # The mask of a static cache is made ahead of the forward pass.
-            dtype = self.get_input_embeddings().weight.dtype
-            self.transformer.put_prefix(past_key_values, len(input_ids), dtype, self._input_device())
-        seen = input_ids.shape[1] if attention_mask is None else attention_mask.shape[-1]
-        return seen - max(num_cached, 0)
 
     @staticmethod
     def create_masks_for_generate(
@@ -982,11 +639,11 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         self.transformer = ChatGLMModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
         self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
-        self.freeze_untrained()
+        self.freeze_base_model()
         self.post_init()
 
-    def freeze_untrained(self) -> None:
-        super().freeze_untrained()
+    def freeze_base_model(self) -> None:
+        super().freeze_base_model()
         # Of no use here unless it is the embedding; distributed training wants every trained weight used.
         if not self.config.tie_word_embeddings:
             self.transformer.output_layer.requires_grad_(False)
@@ -1043,31 +700,23 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         )
 
 
-# The rules are applied in turn when loading, and undone in reverse turn when saving, those alone that were of use in
-# loading; for a model that was not loaded, all of them. So our names go to ChatGLM-6B's and back, ChatGLM-6B's go to
-# ours: each checkpoint is saved under the names it came with, and a new model of any generation under ours.
-OUR_NAMES = (
-    r"transformer\.embedding\.word_embeddings\.",
-    r"transformer\.encoder\.layers\.",
-    r"\.self_attention\.",
-    r"transformer\.encoder\.final_layernorm\.",
-    r"transformer\.output_layer\.",
-)
-CHATGLM_6B_NAMES = (
-    r"transformer\.word_embeddings\.",
-    r"transformer\.layers\.",
-    r"\.attention\.",
-    r"transformer\.final_layernorm\.",
-    r"lm_head\.",
-)
-register_checkpoint_conversion_mapping(
-    "chatglm",
-    [
-        WeightRenaming(source, target)
-        for source, target in zip(OUR_NAMES + CHATGLM_6B_NAMES, CHATGLM_6B_NAMES + OUR_NAMES)
-    ],
-    overwrite=True,
-)
+def weight_renamings() -> list[WeightRenaming]:
+    """The names of all generations: published -> ours when loading, and back when saving.
+
+    The library applies them in turn when loading, and undoes in reverse turn when saving those alone that were of use
+    in loading; for a model that was not loaded, all of them. So our names go to the published ones and back, the
+    published ones go to ours: a checkpoint is saved under the names that it came with, a new model of any generation
+    under ours.
+    """
+    names = {
+        ours: published for one in GENERATION_FEATURES.values() for ours, published in one.published_names.items()
+    }
+    there = [WeightRenaming(re.escape(ours), re.escape(published)) for ours, published in names.items()]
+    back = [WeightRenaming(re.escape(published), re.escape(ours)) for ours, published in names.items()]
+    return there + back
+
+
+register_checkpoint_conversion_mapping("chatglm", weight_renamings(), overwrite=True)
 
 
 __all__ = [

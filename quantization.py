@@ -315,7 +315,8 @@ def linears_to_quantize(model: nn.Module, settings: ChatGLMQuantizationConfig) -
 def published_scale_dtype(model: nn.Module) -> torch.dtype | None:
     """The dtype of all scales where the published code has a fixed one, else `None` for that of the weights."""
     # CODEPATH: chatglm-6b rounds scales to float16 first; chatglm2, chatglm3 and glm4 keep the dtype of the weight.
-    return torch.float16 if model.config.prefix_lm else None
+    name = model.config.published_scale_dtype
+    return None if name is None else getattr(torch, name)
 
 
 def quantize_layer(

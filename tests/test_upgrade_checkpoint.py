@@ -68,7 +68,8 @@ OLD_CODE = {
     "generation_chatglm.py": "",
     "quantization.py": "",
     "quantization_kernels.py": "",
-    "prefix_checkpoint.py": "",
+    "modeling_positions.py": "",
+    "modeling_prefix.py": "",
 }
 CONVERT = ("--safetensors", "--max-shard-size", "100KB")
 # What a program tells Python's audit hooks before it changes a file system; "upgrade.bits" is between two tensors.
