@@ -1,0 +1,143 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The house stays as CONTRIBUTING.md draws it: who imports whom, and how long files and functions may be."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+
+CODE = sorted(REPOSITORY.glob("*.py"))
+EVERYTHING = [
+    *CODE,
+    *(path for folder in ("scripts", "examples") for path in sorted((REPOSITORY / folder).glob("*.py"))),
+]
+MAX_FILE_LINES = 700
+MAX_FUNCTION_LINES = 55
+
+# Each file that a checkpoint folder gets, and which of the others it may import.
+ARROWS: dict[str, set[str]] = {
+    "configuration_chatglm": set(),
+    "conversation_chatglm": {"conversation_templates"},
+    "conversation_templates": set(),
+    "generation_chatglm": {"conversation_chatglm"},
+    "modeling_chatglm": {
+        "configuration_chatglm",
+        "generation_chatglm",
+        "modeling_positions",
+        "modeling_prefix",
+        "quantization",
+    },
+    "modeling_positions": set(),
+    "modeling_prefix": set(),
+    "quantization": {"quantization_kernels"},
+    "quantization_cpu": set(),
+    "quantization_kernels": {"quantization_cpu", "quantization_triton"},
+    "quantization_triton": set(),
+    "tokenization_chatglm": {
+        "configuration_chatglm",
+        "conversation_chatglm",
+        "tokenization_chatglm_6b",
+        "tokenization_conversation",
+        "tokenization_vocabulary",
+    },
+    "tokenization_chatglm_6b": {"conversation_chatglm", "tokenization_conversation"},
+    "tokenization_conversation": {"conversation_chatglm"},
+    "tokenization_vocabulary": set(),
+}
+
+
+def siblings(source: str) -> set[str]:
+    """The files of the same folder that a source imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            found |= {node.module} if node.module else {name.name for name in node.names}
+    return found
+
+
+def long_functions(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            if lines > MAX_FUNCTION_LINES:
+                yield f"{node.name}: {lines} lines"
+
+
+def test_imports_follow_the_arrows() -> None:
+    assert {path.stem: siblings(path.read_text(encoding="utf-8")) for path in CODE} == ARROWS
+
+
+def test_arrows_have_no_cycle() -> None:
+    settled: set[str] = set()
+    while more := {name for name, targets in ARROWS.items() if targets <= settled} - settled:
+        settled |= more
+    assert settled == ARROWS.keys()
+
+
+def test_the_picture_shows_the_arrows() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    picture = re.search(r"```mermaid\n(.*?)```", text, flags=re.DOTALL)[1]
+    drawn = {(source, target) for source, target in re.findall(r"^ *(\w+) --> (\w+)$", picture, flags=re.MULTILINE)}
+    assert drawn == {(source, target) for source, targets in ARROWS.items() for target in targets}
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=lambda path: path.name)
+def test_files_and_functions_are_short(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MAX_FILE_LINES
+    assert list(long_functions(source)) == []
+
+
+def test_a_violation_is_found() -> None:
+    assert siblings(
+        "from .b import c\nfrom . import d\nimport e\nfrom f import g\ndef h():\n    from .i import j\n"
+    ) == {
+        "b",
+        "d",
+        "i",
+    }
+    assert list(long_functions("def f():\n" + "    pass\n" * MAX_FUNCTION_LINES)) == ["f: 56 lines"]
+
+
+def test_generations_are_data() -> None:
+    """`model_version` is a name to look things up by; what differs between generations is not told by comparing it."""
+    compared = [
+        f"{path.name}:{node.lineno}"
+        for path in EVERYTHING
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Compare)
+        and any(
+            isinstance(part, ast.Constant) and part.value in ("chatglm", "chatglm2", "chatglm3", "glm4")
+            for part in ast.walk(node)
+        )
+    ]
+    assert compared == []
+
+
+def test_tests_named_in_the_table_exist() -> None:
+    """CONTRIBUTING.md names a test for everything that users of the published code hit."""
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    missing = []
+    for row in re.findall(r"^\|.*\|$", text, flags=re.MULTILINE):
+        file = None
+        for name, test in re.findall(r"`(\w+\.py)?::(\w+)`", row):
+            file = REPOSITORY / "tests" / name if name else file
+            if file is None or not file.is_file() or f"def {test}(" not in file.read_text(encoding="utf-8"):
+                missing.append(f"{name}::{test}")
+    assert missing == []
