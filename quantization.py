@@ -17,22 +17,26 @@ What is unusual here:
 
 - The four linears of every layer are quantized, and the output layer on request; embeddings, norms and biases stay
   as they are. Rounding is symmetric without a zero point, with one scale for each row of a weight.
-- int4 packs two columns into a byte, the even one in the high four bits.
-- Quantizing divides in float32 and clamps. The published code divides in the dtype of the weight, and in bfloat16 the
-  largest weight of a row may then wrap around to the opposite sign.
 - A scale is never rounded once it is made: `model.to(torch.bfloat16)` leaves it alone.
 - There are three ways in: `model.quantize(bits)`, `from_pretrained(..., quantization_config=...)`, and checkpoints that
   are quantized already. The last two go through `ChatGLMQuantizer`, which the library finds by the name "chatglm".
-- On a CPU an int4 weight is repacked at its first use, into a copy beside it that saving and moving drop.
+- The tensors of a checkpoint tell whether it is quantized. Where the configuration says otherwise, loading stops.
+- `weight` always holds the published bytes. A processor that multiplies faster with another order of them gets a copy
+  beside it (see `DerivedWeight`), which is never saved or pickled.
+- Layers are recognised by an attribute, not by their class, which may come from another checkpoint's copy of this file.
 """
 
-import math
+import json
+import sys
+from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.modeling_utils import PreTrainedModel, load_state_dict
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -42,96 +46,26 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .quantization_kernels import dequantize_weight, pack_weight, quantized_linear, unpack_int4
+from .quantization_kernels import (
+    DerivedWeight,
+    WeightForm,
+    dequantize_weight,
+    derive_weight,
+    pack_int4,
+    quantize_weight,
+    quantized_linear,
+    stored_form,
+    unpack_int4,
+)
 
+
+try:
+    from accelerate.hooks import add_hook_to_module
+except ImportError:
+    add_hook_to_module = None
 
 QUANT_METHOD = "chatglm"
 LAYER_LINEARS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-
-# Fractions of the largest scale that `method="mse"` tries: 1, which wins a draw, 7/8 where -8 is the largest code, and
-# 0.6, 0.62, ... 0.98.
-SCALE_FRACTIONS = (1.0, 7 / 8, *(0.6 + 0.02 * step for step in range(20)))
-
-# Weights that are quantized at a time, in elements: what a float32 copy of them takes is four times as many bytes.
-QUANTIZED_ELEMENTS = 2**24
-
-
-def pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """Int4 codes, int8 `[out, in]` with an even number of columns -> int8 `[out, in / 2]`, even columns high."""
-    return (codes[:, 0::2] << 4) | (codes[:, 1::2] & 15)
-
-
-def largest_scale(groups: torch.Tensor, largest_code: int) -> torch.Tensor:
-    """`max|weight| / largest_code`, and 1 for a group of zeros: `[rows, groups, columns]` -> `[rows, groups]`."""
-    largest = groups.abs().amax(-1)
-    return torch.where(largest == 0, 1.0, largest / largest_code)
-
-
-def encode(groups: torch.Tensor, scale: torch.Tensor, smallest_code: int, largest_code: int) -> torch.Tensor:
-    """`round(weight / scale)`, halves to even, clamped; `[rows, groups, columns]` in float32."""
-    return (groups / scale[..., None]).round_().clamp_(smallest_code, largest_code)
-
-
-def best_scale(groups: torch.Tensor, largest_code: int) -> torch.Tensor:
-    """The scale of least squared error among fractions of the largest one, `[rows, groups, columns]` -> `[rows, groups]`.
-
-    Clipping the few largest weights of a group lets the others be rounded more finely.
-    """
-    full_scale = largest_scale(groups, largest_code)
-    scale, least_error = full_scale, torch.full_like(full_scale, math.inf)
-    for fraction in SCALE_FRACTIONS:
-        tried = full_scale * fraction
-        codes = encode(groups, tried, -largest_code - 1, largest_code)
-        error = codes.mul_(tried[..., None]).sub_(groups).square_().sum(-1)
-        scale = torch.where(error < least_error, tried, scale)
-        least_error = torch.minimum(error, least_error)
-    return scale
-
-
-@torch.no_grad()
-def quantize_weight(
-    weight: torch.Tensor,
-    bits: int,
-    method: str = "absmax",
-    group_size: int | None = None,
-    scale_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize the weight of a linear layer: `code = round(weight / scale)`, `scale = max|weight| / (2^(bits - 1) - 1)`.
-
-    The formula and the bytes are those of the published ChatGLM checkpoints.
-
-    Args:
-        weight: `[out, in]`, any float dtype, on any device.
-        bits: 8 or 4.
-        method: `"absmax"` as published, or `"mse"`, the scale of least squared error in the same format.
-        group_size: columns that share a scale; `None` for whole rows, as published.
-        scale_dtype: by default float32 for float32 weights and float16 for others. A row of zeros has the scale 1.
-
-    Returns:
-        Codes, int8 `[out, in]` or packed `[out, in / 2]`, and scales, `[out]` or `[out, in / group_size]`.
-    """
-    out_features, in_features = weight.shape
-    largest_code = 2 ** (bits - 1) - 1
-    smallest_code = -largest_code - 1 if method == "mse" else -largest_code
-    if scale_dtype is None:
-        scale_dtype = torch.float32 if weight.dtype == torch.float32 else torch.float16
-    codes = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
-    scales = []
-    for rows, target in zip(*(t.split(max(1, QUANTIZED_ELEMENTS // in_features)) for t in (weight, codes))):
-        groups = rows.float().view(len(rows), -1, group_size or in_features)
-        scale = best_scale(groups, largest_code) if method == "mse" else largest_scale(groups, largest_code)
-        # Weights so small that float16 has no scale for them are zeros.
-        scale = scale.to(scale_dtype)
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        scales.append(scale)
-        target.copy_(encode(groups, scale.float(), smallest_code, largest_code).view_as(target))
-    scale = torch.cat(scales)
-    return pack_int4(codes) if bits == 4 else codes, scale if group_size else scale[:, 0].contiguous()
-
-
-def unpack_first(module: "QuantizedLinear", *args: Any) -> None:
-    """Hook before codes are read or written under their published name. Not a lambda, which cannot be pickled."""
-    module.unpack()
 
 
 class QuantizedLinear(nn.Linear):
@@ -146,38 +80,41 @@ class QuantizedLinear(nn.Linear):
         bits: 8 or 4.
         group_size: columns of 4-bit weights that share a scale, or `None` for whole rows. With 8 bits, a scale for
             each row is precise enough.
+        scale_dtype: dtype of the scales.
     """
 
-    def __init__(self, linear: nn.Linear, bits: int, group_size: int | None = None) -> None:
+    quant_method = QUANT_METHOD
+
+    def __init__(
+        self, linear: nn.Linear, bits: int, group_size: int | None = None, scale_dtype: torch.dtype = torch.float16
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bits, self.group_size = bits, group_size if bits == 4 else None
         codes = torch.empty(self.out_features, self.in_features * bits // 8, dtype=torch.int8, device="meta")
-        num_groups = self.in_features // group_size if self.group_size else None
+        num_groups = None if self.group_size is None else self.in_features // self.group_size
         scale_shape = (self.out_features,) if num_groups is None else (self.out_features, num_groups)
         self.weight = nn.Parameter(codes, requires_grad=False)
-        scale = torch.empty(scale_shape, dtype=torch.float32, device="meta")
+        scale = torch.empty(scale_shape, dtype=scale_dtype, device="meta")
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias
         self.train(linear.training)
-        # What `pack_weight` made of the weight.
-        self.packed: torch.Tensor | None = None
-        self.packed_scales: torch.Tensor | None = None
-        self.register_state_dict_pre_hook(unpack_first)
-        self.register_load_state_dict_pre_hook(unpack_first)
+        self.derived: DerivedWeight | None = None
 
-    def quantize_(self, weight: torch.Tensor, method: str, scale_dtype: torch.dtype | None) -> "QuantizedLinear":
+    def quantize_(self, weight: torch.Tensor, method: str = "absmax") -> "QuantizedLinear":
         """Take the codes and scales of a float weight `[out, in]`, on its device."""
-        codes, scale = quantize_weight(weight, self.bits, method, self.group_size, scale_dtype)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        # Tensors made under `inference_mode` could never be trained on.
+        with torch.inference_mode(False):
+            codes, scale = quantize_weight(weight, self.bits, method, self.group_size, self.weight_scale.dtype)
+            self.weight = nn.Parameter(codes, requires_grad=False)
+            self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.derive()
         return self
 
-    def settle_scale(self) -> None:
-        """Keep a scale that a file brought in float16, if it is one; it was loaded in float32 to lose nothing."""
-        half = self.weight_scale.data.half()
-        is_half = not half.is_meta and half.float().equal(self.weight_scale.data.float())
-        self.weight_scale = nn.Parameter(half if is_half else self.weight_scale.data, requires_grad=False)
+    def derive(self) -> None:
+        """Make what this device needs beside the codes for fast products, unless it is there or nothing is needed."""
+        if self.derived is None or not self.derived.belongs_to(self.weight):
+            self.derived = derive_weight(self.weight, self.weight_scale, self.in_features)
 
     @property
     def W_q(self) -> torch.Tensor:
@@ -191,24 +128,11 @@ class QuantizedLinear(nn.Linear):
         # Autocast does not know the meta device.
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and self.is_worth_packing(x):
-            self.pack()
-        return quantized_linear(x, self.weight, self.weight_scale, self.bias, self.packed, self.packed_scales)
-
-    def is_worth_packing(self, x: torch.Tensor) -> bool:
-        """Whether a packed weight would be used for this input."""
-        return self.packed is None and x.dtype in (torch.float16, torch.bfloat16)
-
-    def pack(self) -> None:
-        """Make the copy of the weight that this device multiplies with fastest, if it wants one."""
-        packed = pack_weight(self.weight, self.weight_scale, self.in_features)
-        if packed is not None:
-            # In this order, for another thread that multiplies meanwhile.
-            self.packed_scales, self.packed = packed[1], packed[0]
-
-    def unpack(self) -> None:
-        """Drop that copy."""
-        self.packed = self.packed_scales = None
+        # Read once, as another thread may be moving the layer.
+        weight, derived = self.weight, self.derived
+        if derived is None or not derived.belongs_to(weight):
+            return quantized_linear(x, weight, self.weight_scale, self.bias)
+        return quantized_linear(x, weight, self.weight_scale, self.bias, derived.packed, derived.packed_scales)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight as floats, `[out, in]`; by default in the dtype of the bias, or of the scale where there is none."""
@@ -217,24 +141,55 @@ class QuantizedLinear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
         # The one place that `.to`, `.half()` and `.cuda()` share (torch 2.6 to 2.13); scales keep their dtype.
-        self.unpack()
         scale = self.weight_scale.data
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != scale.dtype and not self.weight_scale.is_meta:
             self.weight_scale.data = scale.to(self.weight_scale.device)
+        self.derive()
         return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # Where `load_state_dict` of every module around this one arrives (torch 2.6 to 2.13). Torch would copy floats
+        # into the codes without a word.
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and weight.dtype != torch.int8:
+            error_messages = args[-1]
+            error_messages.append(
+                f"`{prefix}weight` is {weight.dtype}, but this layer holds int{self.bits} codes. Load it into a float "
+                "model, and call `quantize` then."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.derive()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "derived": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.derive()
 
     def extra_repr(self) -> str:
         groups = "" if self.group_size is None else f", group_size={self.group_size}"
         return f"{super().extra_repr()}, bits={self.bits}{groups}"
 
 
+def is_quantized_layer(module: nn.Module) -> bool:
+    """Whether this is a `QuantizedLinear`, of whatever copy of this file."""
+    return getattr(module, "quant_method", None) == QUANT_METHOD
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Any]:
+    """The quantized layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if is_quantized_layer(module)}
+
+
 def init_quantized_linear(module: QuantizedLinear, std: float) -> None:
     """Fill a layer that no checkpoint filled as if normal weights had been quantized."""
-    weight = torch.empty(module.out_features, module.in_features, device=module.weight.device).normal_(0.0, std)
-    codes, scale = quantize_weight(weight, module.bits, group_size=module.group_size)
-    init.copy_(module.weight, codes)
-    init.copy_(module.weight_scale, scale)
+    # The library marks what it loaded.
+    if not getattr(module.weight, "_is_hf_initialized", False):
+        shape, device = (module.out_features, module.in_features), module.weight_scale.device
+        module.quantize_(torch.empty(shape, device=device).normal_(0.0, std))
     if module.bias is not None:
         init.zeros_(module.bias)
 
@@ -279,12 +234,23 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
                 raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
 
     @property
+    def stored_form(self) -> dict[str, int | None]:
+        """The settings that show in a checkpoint; how its scales were found does not."""
+        return {"bits": self.bits, "group_size": self.group_size, "output_layer_bits": self.output_layer_bits}
+
+    @property
     def is_published_format(self) -> bool:
         """Whether the published code reads such a checkpoint, told by `quantization_bit` alone."""
         return self.group_size is None and self.output_layer_bits is None
 
 
-def linears_to_quantize(model: nn.Module, settings: ChatGLMQuantizationConfig) -> dict[str, int]:
+def names_of_linears(base_model: PreTrainedModel) -> list[str]:
+    """The linears of all layers."""
+    num_layers = len(base_model.encoder.layers)
+    return [f"encoder.layers.{i}.{name}" for i in range(num_layers) for name in LAYER_LINEARS]
+
+
+def linears_to_quantize(model: PreTrainedModel, settings: ChatGLMQuantizationConfig) -> dict[str, int]:
     """Names of the layers that the settings ask for, and their bits.
 
     Raises:
@@ -293,8 +259,7 @@ def linears_to_quantize(model: nn.Module, settings: ChatGLMQuantizationConfig) -
     """
     base_model = model.base_model
     prefix = "" if base_model is model else f"{model.base_model_prefix}."
-    num_layers = len(base_model.encoder.layers)
-    bits = {f"{prefix}encoder.layers.{i}.{name}": settings.bits for i in range(num_layers) for name in LAYER_LINEARS}
+    bits = {prefix + name: settings.bits for name in names_of_linears(base_model)}
     if settings.output_layer_bits is not None:
         bits[f"{prefix}output_layer"] = settings.output_layer_bits
     for name in bits:
@@ -312,26 +277,26 @@ def linears_to_quantize(model: nn.Module, settings: ChatGLMQuantizationConfig) -
     return bits
 
 
-def published_scale_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype of all scales where the published code has a fixed one, else `None` for that of the weights."""
-    # CODEPATH: chatglm-6b rounds scales to float16 first; chatglm2, chatglm3 and glm4 keep the dtype of the weight.
-    name = model.config.published_scale_dtype
-    return None if name is None else getattr(torch, name)
-
-
-def quantize_layer(
-    model: nn.Module, name: str, bits: int, settings: ChatGLMQuantizationConfig, weight: torch.Tensor | None = None
+def make_quantized_layer(
+    model: PreTrainedModel, name: str, bits: int, settings: ChatGLMQuantizationConfig
 ) -> QuantizedLinear:
-    """Replace a linear layer by its quantized form, made from its own weight or from a given one."""
+    """A layer without codes for the place of a linear layer of the model."""
     linear = model.get_submodule(name)
-    quantized = QuantizedLinear(linear, bits, settings.group_size)
-    scale_dtype = published_scale_dtype(model)
-    quantized.quantize_(linear.weight if weight is None else weight, settings.method, scale_dtype)
-    model.set_submodule(name, quantized)
-    return quantized
+    # CODEPATH: chatglm-6b rounds scales to float16; chatglm2, chatglm3 and glm4 keep the dtype of the weight.
+    default = "float32" if linear.weight.dtype == torch.float32 else "float16"
+    scale_dtype = getattr(torch, model.config.published_scale_dtype or default)
+    return QuantizedLinear(linear, bits, settings.group_size, scale_dtype)
 
 
-def untie_output_layer(model: nn.Module) -> None:
+def replace_layer(model: PreTrainedModel, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of another, with the hook by which accelerate moves inputs between devices."""
+    hook = getattr(model.get_submodule(name), "_hf_hook", None)
+    model.set_submodule(name, layer)
+    if hook is not None:
+        add_hook_to_module(layer, hook)
+
+
+def untie_output_layer(model: PreTrainedModel) -> None:
     """Let the output layer be quantized where it was the word embedding, which stays as it is."""
     model.config.tie_word_embeddings = False
     for module in model.modules():
@@ -339,22 +304,104 @@ def untie_output_layer(model: nn.Module) -> None:
             module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
 
 
+def read_stored_tensors(files: list[str] | None, weights_only: bool) -> dict[str, torch.Tensor]:
+    """The tensors of checkpoint files, on the meta device: their names, shapes and dtypes. No values are read."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files or ():
+        # Safetensors' header is enough. PyTorch's files are mapped into memory, which does not work for meta.
+        device = "meta" if file.endswith(".safetensors") else "cpu"
+        stored = load_state_dict(file, device, weights_only)
+        tensors |= {name: tensor.to("meta") for name, tensor in stored.items()}
+    return tensors
+
+
+def expect_stored_weights(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Compare the layers of a model with the tensors that they are about to be loaded from.
+
+    Quantized layers take over the dtype of the stored scales, which loading would round otherwise.
+
+    Args:
+        tensors: what is stored, under the names of this model with or without those of its head.
+
+    Raises:
+        ValueError: where one is quantized and the other is not, or in another way.
+    """
+    base_model, prefix = model.base_model, f"{model.base_model_prefix}."
+    for name in (*names_of_linears(base_model), "output_layer"):
+        layer: Any = base_model.get_submodule(name)
+        full_name = next((full for full in (name, prefix + name) if f"{full}.weight" in tensors), None)
+        if full_name is None or not isinstance(layer, nn.Linear):
+            continue
+        weight_scale = tensors.get(f"{full_name}.weight_scale")
+        stored = stored_form(tensors[f"{full_name}.weight"], weight_scale, layer.in_features)
+        # Floats are expected by a layer that is to be quantized while it is loaded, too.
+        is_expected = is_quantized_layer(layer) and layer.weight.dtype == torch.int8
+        expected = WeightForm(layer.bits, layer.group_size) if is_expected else WeightForm()
+        if stored != expected:
+            raise ValueError(wrong_form_message(full_name, stored, expected))
+        if is_expected and weight_scale is not None:
+            empty_scale: torch.Tensor = getattr(layer, "weight_scale")
+            layer.weight_scale = nn.Parameter(empty_scale.to(weight_scale.dtype), requires_grad=False)
+
+
+def wrong_form_message(name: str, stored: WeightForm, expected: WeightForm) -> str:
+    """What is wrong with a checkpoint, and what to do about it."""
+    settings: dict[str, Any] = {"quant_method": QUANT_METHOD, "bits": stored.bits or expected.bits}
+    if stored.bits is None:
+        remedy = (
+            "Remove `quantization_bit` and `quantization_config` from config.json. To quantize these weights while they "
+            f"are loaded, pass `quantization_config={json.dumps(settings)}` to `from_pretrained`."
+        )
+    elif name.endswith("output_layer"):
+        remedy = f'Set `"output_layer_bits": {stored.bits}` in the `quantization_config` of config.json.'
+    elif stored.group_size is None:
+        remedy = f'Set `"quantization_bit": {stored.bits}` in config.json, without a `quantization_config`.'
+    else:
+        settings["group_size"] = stored.group_size
+        remedy = f'Set `"quantization_config": {json.dumps(settings)}` in config.json.'
+    return f"`{name}.weight` of this checkpoint holds {stored}, but {expected} were expected. {remedy}"
+
+
+class KeepWeight(ConversionOps):
+    """Leaves a weight as it is.
+
+    The library writes a weight that stays on the disk anew only if an operation was applied to it. What
+    `QuantizeWhileLoading` does counts for nothing there (Transformers 5.17 to 5.23).
+    """
+
+    def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **kwargs: Any) -> dict[str, Any]:
+        return {target_patterns[0]: next(iter(input_dict.values()))}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
 class QuantizeWhileLoading(ConversionOps):
     """Quantizes a weight when it is read, so that no more than one is there in floats."""
 
-    def __init__(self, settings: ChatGLMQuantizationConfig, bits: dict[str, int]) -> None:
-        self.settings = settings
-        self.bits = bits
+    def __init__(self, method: str, tied_layers: dict[str, str]) -> None:
+        self.method = method
+        # Weights that another layer is made from, and the name of that layer.
+        self.tied_layers = tied_layers
 
     def convert(
-        self, input_dict: dict[str, Any], full_layer_name: str, model: nn.Module, **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str,
+        model: PreTrainedModel,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         weight = next(iter(input_dict.values()))
         weight = weight[0] if isinstance(weight, list) else weight
-        name = full_layer_name.removesuffix(".weight")
-        quantized = quantize_layer(model, name, self.bits[name], self.settings, weight)
-        # The library assigns these to the new layer, and a bias that comes later.
-        return {full_layer_name: quantized.weight.data, f"{name}.weight_scale": quantized.weight_scale.data}
+        kept = {full_layer_name: weight} if full_layer_name in self.tied_layers else {}
+        name = self.tied_layers.get(full_layer_name, full_layer_name.removesuffix(".weight"))
+        if kept and missing_keys is not None and f"{name}.weight" not in missing_keys:
+            return kept  # The checkpoint holds the layer a second time, and it was loaded from there.
+        layer = model.get_submodule(name)
+        codes, scale = quantize_weight(weight, layer.bits, self.method, layer.group_size, layer.weight_scale.dtype)
+        return {**kept, f"{name}.weight": codes, f"{name}.weight_scale": scale}
 
 
 class ChatGLMQuantizer(HfQuantizer):
@@ -362,52 +409,67 @@ class ChatGLMQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: ChatGLMQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        # The layers that are still to be quantized: all of a float model, none of a quantized checkpoint.
-        self.waiting: dict[str, int] = {}
+        # Weights that are to be quantized while they are loaded: all of a float model, none of a quantized one.
+        self.waiting: set[str] = set()
+        self.tied_layers: dict[str, str] = {}
+        self.model_config: Any = None
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        bits = linears_to_quantize(model, self.quantization_config)
-        if not self.pre_quantized:
-            self.waiting = bits
-            return
-        for name, layer_bits in bits.items():
-            quantized = QuantizedLinear(model.get_submodule(name), layer_bits, self.quantization_config.group_size)
-            model.set_submodule(name, quantized)
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        settings = self.quantization_config
+        quantization_bit = model.config.quantization_bit
+        if self.pre_quantized and quantization_bit and quantization_bit != settings.bits:
+            raise ValueError(
+                f"`quantization_bit` is {quantization_bit}, but `bits` of `quantization_config` is {settings.bits}. "
+                "Keep the one that is right in config.json, and remove the other."
+            )
+        for name, bits in linears_to_quantize(model, settings).items():
+            layer = make_quantized_layer(model, name, bits, settings)
+            if not self.pre_quantized:
+                # A place for the float weight, on the meta device, until the loader brings the codes.
+                layer.weight = model.get_submodule(name).weight
+                self.waiting.add(f"{name}.weight")
+            model.set_submodule(name, layer)
+        if settings.output_layer_bits is not None:
+            tied = {target: source for target, source in model.all_tied_weights_keys.items() if target in self.waiting}
+            self.tied_layers = {source: target.removesuffix(".weight") for target, source in tied.items()}
+            untie_output_layer(model)
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        name, _, tensor_name = param_name.rpartition(".")
-        # A tied output layer has no weight of its own until everything is loaded.
-        return tensor_name == "weight" and name in self.waiting and param_name not in model.all_tied_weights_keys
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self.waiting or param_name in self.tied_layers
 
-    @property
-    def quantized_element_size(self) -> float:
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Bytes per weight, for device maps."""
-        return self.quantization_config.bits / 8
+        if param_name in self.waiting:
+            return model.get_submodule(param_name.removesuffix(".weight")).bits / 8
+        return param.element_size()
 
     def get_quantize_ops(self) -> QuantizeWhileLoading:
-        return QuantizeWhileLoading(self.quantization_config, self.waiting)
+        return QuantizeWhileLoading(self.quantization_config.method, self.tied_layers)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        if not self.waiting:
+            return []
+        names = (*LAYER_LINEARS, "output_layer", "word_embeddings")
+        return [WeightConverter(f"{name}.weight", f"{name}.weight", [KeepWeight()]) for name in names]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         settings = self.quantization_config
-        for name, bits in self.waiting.items():
-            # Layers of a model in memory, those that no file had, and a tied output layer.
-            if not isinstance(model.get_submodule(name), QuantizedLinear):
-                quantize_layer(model, name, bits, settings)
-        self.waiting = {}
-        if settings.output_layer_bits is not None:
-            untie_output_layer(model)
+        self.waiting, self.tied_layers, self.model_config = set(), {}, model.config
         model.config.quantization_bit = settings.bits if settings.is_published_format else 0
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear):
-                module.settle_scale()
+        for layer in quantized_layers(model).values():
+            # The library's loader lets everything train that is a float.
+            layer.weight_scale.requires_grad_(False)
+            layer.derive()
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, QuantizedLinear):
-                linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-                linear.weight = nn.Parameter(module.dequantize(dtype))
-                linear.bias = module.bias
-                model.set_submodule(name, linear.train(module.training))
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, layer in quantized_layers(model).items():
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            # Below an adapter of PEFT, the weight stays frozen.
+            is_adapted = name.endswith(".base_layer")
+            with torch.inference_mode(False):
+                linear.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=not is_adapted)
+            linear.bias = layer.bias
+            replace_layer(model, name, linear.train(layer.training))
         model.config.quantization_bit = 0
         return model
 
@@ -421,8 +483,8 @@ class ChatGLMQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Trainer asks this of a model without adapters of PEFT, and P-tuning v2 is one."""
-        return True
+        """Whether Trainer takes a model without adapters of PEFT: one that trains a prefix of P-tuning v2."""
+        return self.model_config is not None and self.model_config.pre_seq_len is not None
 
     @property
     def is_compileable(self) -> bool:
@@ -436,7 +498,62 @@ if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(QUANT_METHOD)(ChatGLMQuantizer)
 
 
-class ChatGLMQuantizationMixin:
+def read_settings(value: Any) -> ChatGLMQuantizationConfig | None:
+    """Our settings in a `quantization_config`, a dictionary or an object; `None` for other methods and for nothing."""
+    values = value if value is None or isinstance(value, dict) else value.to_dict()
+    is_ours = values is not None and values.get("quant_method") == QUANT_METHOD
+    return ChatGLMQuantizationConfig.from_dict(values) if is_ours else None
+
+
+def is_quantized_as_asked(
+    model_class: Any, asked: Any, path: Any = None, *args: Any, config: Any = None, **kwargs: Any
+) -> bool:
+    """Whether a checkpoint is quantized already as the argument `quantization_config` of `from_pretrained` asks for.
+
+    Raises:
+        ValueError: if it is quantized in another way.
+    """
+    if (wanted := read_settings(asked)) is None:
+        return False
+    if not hasattr(config, "quantization_bit"):
+        path = path or kwargs.pop("pretrained_model_name_or_path", None)
+        config = model_class.config_class.from_pretrained(config or path, **kwargs)
+    if (stored := read_settings(getattr(config, "quantization_config", None))) is None:
+        return False
+    if stored.stored_form != wanted.stored_form:
+        raise ValueError(
+            f"This checkpoint is quantized already, with {stored.stored_form}, so it cannot be loaded with "
+            f"{wanted.stored_form}. Leave `quantization_config` out, or start from a checkpoint of floats."
+        )
+    return True
+
+
+def refuse_merging_into_codes() -> None:
+    """Let PEFT refuse to merge adapters into quantized layers, before it changes anything.
+
+    It adds to `weight` whatever that holds. Its `_check_merge_allowed` is private (PEFT 0.18 to 0.21) but the one thing
+    that every way of merging calls first.
+    """
+    tuners: Any = sys.modules["peft.tuners.tuners_utils"]
+    check = tuners.BaseTuner._check_merge_allowed
+    if hasattr(check, "knows_quantized_layers"):
+        return
+
+    @wraps(check)
+    def check_merge_allowed(self: Any) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, tuners.BaseTunerLayer) and is_quantized_layer(module.get_base_layer()):
+                raise ValueError(
+                    f"`{name}` adapts a quantized layer, and integers cannot hold what the adapter adds. Call "
+                    "`dequantize()` of the model first, merge then, and `quantize(bits)` the result again."
+                )
+        check(self)
+
+    setattr(check_merge_allowed, "knows_quantized_layers", True)
+    tuners.BaseTuner._check_merge_allowed = check_merge_allowed
+
+
+class ChatGLMQuantizationMixin(PreTrainedModel):
     """What every ChatGLM model can do about quantization."""
 
     def quantize(
@@ -462,7 +579,8 @@ class ChatGLMQuantizationMixin:
         settings = ChatGLMQuantizationConfig(bits, method, group_size, output_layer_bits)
         if getattr(self, "is_quantized", False):
             raise ValueError("This model is quantized already. Call `model.dequantize()` first.")
-        for name in linears_to_quantize(self, settings):
+        bits_of_layers = linears_to_quantize(self, settings)
+        for name in bits_of_layers:
             weight = self.get_submodule(name).weight
             if weight.is_meta:
                 raise ValueError(
@@ -470,15 +588,55 @@ class ChatGLMQuantizationMixin:
                 )
             if not weight.isfinite().all():
                 raise ValueError(f"`{name}` has weights that are not finite; no scale fits them.")
-        quantizer = ChatGLMQuantizer(settings, pre_quantized=False)
-        quantizer.preprocess_model(self)
-        quantizer.postprocess_model(self)
-        self.hf_quantizer = quantizer
+        for name, layer_bits in bits_of_layers.items():
+            layer = make_quantized_layer(self, name, layer_bits, settings)
+            replace_layer(self, name, layer.quantize_(self.get_submodule(name).weight, method))
+        if output_layer_bits is not None:
+            untie_output_layer(self)
+        self.is_quantized, self.quantization_method = True, QUANT_METHOD
+        self.hf_quantizer = ChatGLMQuantizer(settings)
+        self.hf_quantizer.postprocess_model(self)
         return self
 
     def dequantize(self, dtype: torch.dtype | None = None) -> "ChatGLMQuantizationMixin":
-        """Turn quantized weights back into floats, by default of the dtype that the model has otherwise."""
+        """Turn quantized weights back into floats, by default of the dtype that the model has otherwise.
+
+        Raises:
+            ValueError: if the model is not quantized, or a layer is offloaded. Nothing is changed then.
+        """
+        for name, layer in quantized_layers(self).items():
+            if layer.weight.is_meta:
+                raise ValueError(
+                    f"`{name}` is offloaded to the CPU or the disk. Load the model without offloading to dequantize it."
+                )
         return super().dequantize(dtype or self.dtype)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+        for name, bits in (("load_in_8bit", 8), ("load_in_4bit", 4)):
+            if kwargs.pop(name, False):
+                raise ValueError(
+                    f"`{name}` belongs to bitsandbytes and an older Transformers. Pass "
+                    f'`quantization_config={{"quant_method": "{QUANT_METHOD}", "bits": {bits}}}` instead.'
+                )
+        if is_quantized_as_asked(cls, quantization_config, *args, **kwargs):
+            quantization_config = None
+        return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        # A private hook (Transformers 5.17 to 5.23), and the only place that knows the files of a checkpoint whose
+        # configuration does not say that it is quantized. Another quantization method has its own formats.
+        if getattr(model, "quantization_method", QUANT_METHOD) == QUANT_METHOD:
+            tensors = state_dict or read_stored_tensors(checkpoint_files, load_config.weights_only)
+            for renaming in load_config.weight_mapping or ():
+                if isinstance(renaming, WeightRenaming):
+                    tensors = {renaming.rename_source_key(name)[0]: tensor for name, tensor in tensors.items()}
+            expect_stored_weights(model, tensors)
+        load = PreTrainedModel._load_pretrained_model
+        return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         # A model made from a configuration has float weights, whatever the checkpoint of that configuration has.
@@ -486,6 +644,40 @@ class ChatGLMQuantizationMixin:
             self.config.quantization_bit = 0
             self.config.__dict__.pop("quantization_config", None)
         return super().save_pretrained(*args, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        is_resized = any(size is not None for size in (*args, *kwargs.values()))
+        if is_resized and is_quantized_layer(self.get_output_embeddings()):
+            raise ValueError(
+                "The output layer is quantized and cannot be resized. Call `model.dequantize()` first, and quantize "
+                "again afterwards."
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "ChatGLMQuantizationMixin":
+        """Let the float weights train, or freeze them. Codes and their scales stay frozen."""
+        layers = quantized_layers(self).values()
+        frozen = {id(weight) for layer in layers for weight in (layer.weight, layer.weight_scale)}
+        for weight in self.parameters():
+            if id(weight) not in frozen:
+                weight.requires_grad_(requires_grad)
+        return self
+
+    @property
+    def peft_config(self) -> Any:
+        """What PEFT gives a model when it adds adapters."""
+        if "_peft_config" not in self.__dict__:
+            raise AttributeError("This model has no adapters.")
+        return self.__dict__["_peft_config"]
+
+    @peft_config.setter
+    def peft_config(self, value: Any) -> None:
+        refuse_merging_into_codes()
+        self.__dict__["_peft_config"] = value
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self.__dict__["_peft_config"]
 
     def half(self, *args: Any) -> "ChatGLMQuantizationMixin":
         # The library refuses this for every quantized model; here it is safe, and the published recipes call it.

@@ -138,7 +138,7 @@ def measure_layers(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             layers[str(dtype).removeprefix("torch.")] = copy.deepcopy(linear).to(dtype)
         for name, settings in LAYER_SETTINGS.items():
             quantized = quantization.QuantizedLinear(linear, settings["bits"], settings.get("group_size"))
-            layers[name] = quantized.quantize_(linear.weight, "absmax", None)
+            layers[name] = quantized.quantize_(linear.weight)
         for num_rows in arguments.rows:
             inputs = {
                 name: torch.randn(

@@ -211,7 +211,7 @@ def test_torch_finds_nothing_wrong_with_the_operators(
 def test_a_layer_in_a_cuda_graph(settings: str, num_rows: int, source: Callable[[str], ModuleType]) -> None:
     linear = nn.Linear(256, 384).half().cuda()
     layer = source("quantization").QuantizedLinear(linear, **SETTINGS[settings])
-    layer.quantize_(linear.weight, "absmax", None)
+    layer.quantize_(linear.weight)
     x = torch.randn(num_rows, 256, device="cuda", dtype=torch.float16)
     with torch.no_grad():
         stream = torch.cuda.Stream()

@@ -290,7 +290,7 @@ def test_groups_are_rows_of_their_own(bits: int, quantization: ModuleType) -> No
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_weights_in_any_memory_layout(
-    dtype: torch.dtype, quantization: ModuleType, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, quantization: ModuleType, source: Named, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = torch.randn(64, 70).to(dtype)
     for bits in (8, 4):
@@ -300,7 +300,7 @@ def test_weights_in_any_memory_layout(
             codes, scale = quantization.quantize_weight(stored, bits)
             assert codes.is_contiguous() and scale.is_contiguous()
             assert codes.equal(expected[0]) and scale.equal(expected[1])
-        monkeypatch.setattr(quantization, "QUANTIZED_ELEMENTS", 200)  # three rows at a time
+        monkeypatch.setattr(source("quantization_kernels"), "ELEMENTS_AT_A_TIME", 200)  # three rows at a time
         pieces = quantization.quantize_weight(weight.t(), bits)
         assert pieces[0].equal(expected[0]) and pieces[1].equal(expected[1])
         monkeypatch.undo()
@@ -669,7 +669,8 @@ def make_layer(quantization: ModuleType) -> Callable[..., nn.Module]:
         torch.manual_seed(0)
         linear = nn.Linear(in_features, out_features, bias, dtype=dtype)
         bits, group_size = SETTINGS[settings]["bits"], SETTINGS[settings].get("group_size")
-        return quantization.QuantizedLinear(linear, bits, group_size).quantize_(linear.weight, "absmax", None)
+        scale_dtype = torch.float32 if dtype == torch.float32 else torch.float16
+        return quantization.QuantizedLinear(linear, bits, group_size, scale_dtype).quantize_(linear.weight)
 
     return layer
 
@@ -684,7 +685,7 @@ def decoded(layer: nn.Module) -> nn.Linear:
 
 
 def is_packed(layer: nn.Module) -> bool:
-    return layer.packed is not None
+    return layer.derived is not None
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -805,27 +806,13 @@ def test_copies_of_a_layer_that_was_used(settings: str, make_layer: Callable[...
 
 
 @pytest.mark.parametrize("settings", ["int4", "groups"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_packed_at_the_first_use_and_not_otherwise(
-    dtype: torch.dtype, settings: str, make_layer: Callable[..., nn.Module]
-) -> None:
-    layer = make_layer(settings, dtype=dtype)
-    codes, x = layer.weight.clone(), torch.randn(3, 64, dtype=dtype)
-    layer(x.requires_grad_()).sum().backward()
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        layer(torch.randn(41, 64, dtype=dtype))
-        layer(torch.randn(1, 64))
-        compiled(x)
-    assert layer.weight.equal(codes)
-    with torch.no_grad():
-        layer(x)
+def test_packing_leaves_the_published_bytes(settings: str, make_layer: Callable[..., nn.Module]) -> None:
+    layer = make_layer(settings, dtype=torch.bfloat16)
+    codes = layer.weight.clone()
     assert is_packed(layer)
-    assert layer.weight.equal(codes)
-    assert not layer.weight.requires_grad
-    assert layer.dequantize(torch.float32).equal(make_layer(settings, dtype=dtype).dequantize(torch.float32))
-    layer.unpack()
-    assert layer.packed is None and layer.packed_scales is None
+    with torch.no_grad():
+        layer(torch.randn(3, 64).bfloat16())
+    assert layer.weight.equal(codes) and set(layer.state_dict()) == {"weight", "weight_scale", "bias"}
 
 
 @pytest.mark.parametrize(("settings", "in_features"), [("int8", 64), ("int4", 36)])
@@ -851,16 +838,13 @@ def test_a_packed_model_gives_the_same(
 ) -> None:
     """And so it does on a processor whose order of bytes is not known, where nothing is packed."""
     model = make(dtype=dtype).quantize(**SETTINGS[settings])
-    state = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(source("quantization_cpu"), "int4_layout", lambda: None)
-    expected = logits_of(model)
-    assert not any(is_packed(layer) for layer in quantized_layers(model).values())
-    monkeypatch.undo()
-    logits = logits_of(model)
     assert all(is_packed(layer) for layer in quantized_layers(model).values())
-    assert_near(logits, expected, HALF_LIMIT[dtype])
-    assert all(tensor.equal(state[name]) for name, tensor in model.state_dict().items())
-    assert not any(is_packed(layer) for layer in quantized_layers(model).values())
+    logits = logits_of(model)
+    monkeypatch.setattr(source("quantization_cpu"), "int4_layout", lambda: None)
+    unpacked = copy.deepcopy(model)
+    assert not any(is_packed(layer) for layer in quantized_layers(unpacked).values())
+    assert_near(logits, logits_of(unpacked), HALF_LIMIT[dtype])
+    assert_same_state(unpacked, model)
 
 
 @pytest.mark.parametrize("settings", ["int4", "groups"])
@@ -870,7 +854,7 @@ def test_training_after_inference(settings: str, make_layer: Callable[..., nn.Mo
         x = torch.randn(num_rows, 64).bfloat16().requires_grad_()
         with torch.no_grad():
             layer(x[:3])
-        assert is_packed(layer) and not is_packed(twin)
+        assert is_packed(layer)
         out, expected = layer(x), twin(x)
         assert_near(out, expected, 0.02)
         for one in (layer, twin):
