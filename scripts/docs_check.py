@@ -30,7 +30,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,27 +73,22 @@ def read_blocks(text: str) -> list[Block]:
     Raises:
         ValueError: for a block without a known language, and one that does not end.
     """
-    blocks, lines, needs = [], text.splitlines(), None
-    numbered = iter(enumerate(lines, start=1))
-    for number, line in numbered:
-        if not line.startswith("```"):
-            needs = match[1] if (match := NEEDS.fullmatch(line)) else None
-            continue
-        language = line.removeprefix("```")
-        if language not in RUN_LANGUAGES + DATA_LANGUAGES:
-            raise ValueError(f"line {number}: the language of a block must be named, got {line!r}")
-        code = list(_lines_of_block(numbered, number))
-        blocks.append(Block(number + 1, language, "\n".join(code) + "\n", needs))
-        needs = None
+    blocks, needs, lines = [], None, iter(enumerate(text.splitlines(), start=1))
+    for number, line in lines:
+        if line.startswith("```"):
+            language = line.removeprefix("```")
+            if language not in RUN_LANGUAGES + DATA_LANGUAGES:
+                raise ValueError(f"line {number}: the language of a block must be named, got {line!r}")
+            code = []
+            for _, line in lines:
+                if line == "```":
+                    break
+                code.append(f"{line}\n")
+            else:
+                raise ValueError(f"line {number}: this block does not end")
+            blocks.append(Block(number + 1, language, "".join(code), needs))
+        needs = match[1] if (match := NEEDS.fullmatch(line)) else None
     return blocks
-
-
-def _lines_of_block(numbered: Iterator[tuple[int, str]], start: int) -> Iterator[str]:
-    for _, line in numbered:
-        if line == "```":
-            return
-        yield line
-    raise ValueError(f"line {start}: this block does not end")
 
 
 def commands_of(blocks: Sequence[Block]) -> list[tuple[str, str, str | None]]:
@@ -155,22 +150,20 @@ def _run(command: list[str], folder: Path) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", default=PAGES, metavar="PAGE")
-    pages = {name: read_blocks((REPOSITORY / name).read_text(encoding="utf-8")) for name in parser.parse_args().pages}
-    first_of = {str(commands_of(blocks)): name for name, blocks in reversed(pages.items())}
-    to_run = {name: blocks for name, blocks in pages.items() if name in first_of.values()}
+    pages: dict[str, tuple[str, list[Block]]] = {}
+    for name in parser.parse_args().pages:
+        blocks = read_blocks((REPOSITORY / name).read_text(encoding="utf-8"))
+        pages.setdefault(str(commands_of(blocks)), (name, blocks))
+    names, all_blocks = zip(*pages.values())
     failed = False
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (name, blocks), fault in zip(to_run.items(), pool.map(run_page, to_run.values())):
-            num_run = sum(block.needs is None for block in blocks if block.language in RUN_LANGUAGES)
-            print(f"{name}: {'FAILED, ' + fault if fault else f'{num_run} blocks ran'}", flush=True)
+        for name, fault in zip(names, pool.map(run_page, all_blocks)):
+            print(f"{name}: {f'FAILED, {fault}' if fault else 'ok'}", flush=True)
             failed |= fault is not None
-    for name in pages.keys() - to_run.keys():
-        print(f"{name}: the same commands as {first_of[str(commands_of(pages[name]))]}")
-    print("Not run:")
-    for name, blocks in to_run.items():
+    for name, blocks in pages.values():
         for block in blocks:
             if block.needs:
-                print(f"  {name}:{block.line} needs {block.needs}: {block.code.splitlines()[0]}")
+                print(f"{name}:{block.line}: not run, needs {block.needs}: {block.code.splitlines()[0]}")
     return int(failed)
 
 
