@@ -139,9 +139,17 @@ def _run(command: list[str], folder: Path) -> str | None:
         "HF_MODULES_CACHE": str(folder.parent / "modules"),
         "HF_HUB_OFFLINE": "1",
     }
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        done = subprocess.run(command, cwd=folder, env=environment, timeout=TIMEOUT_SECONDS, text=True, **streams)
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT_SECONDS,
+            text=True,
+        )
     except subprocess.TimeoutExpired:
         return f"still running after {TIMEOUT_SECONDS} seconds"
     return f"exit code {done.returncode}\n{done.stdout}" if done.returncode else None
