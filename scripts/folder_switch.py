@@ -11,69 +11,74 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Changes several files of a folder at one instant, whatever kills the program meanwhile.
+"""Changes several files of a folder together, so that a killed run never leaves a mixture that loads.
 
-A file system renames one file at a time. So each file first becomes a symbolic link to its own content, by way of one
-link to a directory that all of them share:
+Every new file is first written beside its place, as `NAME.chatglm_new`. Then a journal of bare file names says which
+file moves where, and each move is one `os.replace`. A run that is killed before the journal stands has changed nothing
+that anybody reads; after that, whoever comes next carries out the rest of the journal (`recover`).
 
-    config.json -> .chatglm_upgrade/current/config.json
-                   .chatglm_upgrade/current -> old
-                   .chatglm_upgrade/old/config.json -> ../../config.json.bak, the file as it was
-                   .chatglm_upgrade/new/config.json -> ../staged/config.json, the file to be
+While files move, the two through which every load goes hold a single `raise`, which tells the user to run the command
+again: they get it first, and their own content last. That is enough, for the files are small and few programs load
+them in those milliseconds. To change all of them in one instant would take symbolic links, which Windows and some
+network drives lack.
 
-Up to here every name in the folder reads as before, and the link of a file that is to be added leads nowhere. One
-rename turns `current` from `old` to `new`, and with it all the files. Then what the links lead to is moved to where
-they stand, which changes no content. A journal, written before the first link, lets the next run clear up: back to the
-old files before the turn, on to the new ones after it.
+A journal may come with a downloaded folder, so its names are checked: nothing outside the folder is touched, and of a
+link the link itself is replaced, never what it leads to.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 try:
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
+except ImportError:  # Windows: nothing keeps a second run out there.
+    fcntl = None  # type: ignore[assignment]
 
-WORK = ".chatglm_upgrade"
-STAGED = f"{WORK}/staged"
-SAVED = f"{WORK}/saved"
-# What is no longer needed gets this name at one instant before it is deleted file by file.
-TRASH = ".chatglm_upgrade.trash"
-JOURNAL = "journal.json"
+JOURNAL = "chatglm_upgrade_journal.json"
+STAGED = ".chatglm_new"
+# The names that an upgrade gives.
+OWN_NAME = re.compile(r"[\w.-]+\.(py|json|safetensors)(\.bak(\.\d+)?)?(\.guard)?(\.chatglm_new)?")
+GUARDED = ("tokenization_chatglm.py", "configuration_chatglm.py")
+GUARD = (
+    b'raise RuntimeError("The upgrade of this checkpoint folder was cut short: run upgrade_checkpoint.py on it again, '
+    b'or with --undo to go back.")\n'
+)
+LARGEST_JSON = 64 * 2**20
 
 
 class UpgradeError(Exception):
     """Something that the user has to know or to decide; the message is one line."""
 
 
-@dataclass(frozen=True)
-class Swap:
-    """What happens to one name of the folder. The paths are relative to the folder.
-
-    Args:
-        name: the file that changes.
-        old: where its present content is kept, `None` if there is none. Below `SAVED`: until the switch is over.
-        new: where its new content lies, `None` if the file goes.
-    """
-
-    name: str
-    old: str | None
-    new: str | None
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; of one that does not exist, `{}`."""
+    if not os.path.lexists(path):
+        return {}
+    if not path.is_file() or path.stat().st_size > LARGEST_JSON:
+        raise UpgradeError(f"{path} is not a file, or larger than any JSON file of a checkpoint.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UpgradeError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UpgradeError(f"{path} does not hold a JSON object.")
+    return content
 
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Keep a second run out of the folder. The lock goes with the process, however that ends."""
     if fcntl is None:
-        raise UpgradeError("Windows is not supported, use WSL there: the upgrade needs POSIX renames and links.")
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -81,156 +86,119 @@ def lock(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UpgradeError(f"another run is at work in {folder}.") from None
         except OSError:
-            pass  # A network file system without locks.
+            pass  # A network drive without locks.
         yield
     finally:
         os.close(handle)
 
 
-def is_pending(folder: Path) -> bool:
-    """Whether a killed run has left something to clear up."""
-    return os.path.lexists(folder / WORK) or os.path.lexists(folder / TRASH)
+class Change:
+    """Changes of a folder, made together when the `with` block ends; none of them if it raises."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # Names in the folder: which file takes the place of which; `None` removes the other.
+        self.steps: list[tuple[str | None, str]] = []
 
-def prepare(folder: Path) -> Path:
-    """Make room for the new contents and return the folder to write them to."""
-    (folder / WORK).mkdir()
-    for name in ("staged", "saved", "old", "new"):
-        (folder / WORK / name).mkdir()
-    return folder / STAGED
+    def staged(self, name: str) -> Path:
+        """Where the new content of a file is written."""
+        return self.folder / f"{name}{STAGED}"
 
+    def add(self, name: str) -> str:
+        """Take in the file that has been written to `staged(name)`, and return its SHA-256."""
+        with open(self.staged(name), "rb+") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256")
+        self.steps.append((self.staged(name).name, name))
+        return digest.hexdigest()
 
-def switch(folder: Path, swaps: Sequence[Swap]) -> None:
-    """Change all files at one instant, after `prepare` and with the new contents in place.
+    def write(self, name: str, content: bytes) -> str:
+        """Add or replace a file, with the mode of the old one, and return the SHA-256 of the content."""
+        with open(self.staged(name), "xb") as file:
+            file.write(content)
+        digest = self.add(name)
+        if (self.folder / name).exists():
+            shutil.copymode(self.folder / name, self.staged(name))
+        return digest
 
-    Raises:
-        UpgradeError: where the file system has no symbolic links. Nothing is changed then.
-    """
-    work = folder / WORK
-    for swap in swaps:
-        for side, target in (("old", swap.old), ("new", swap.new)):
-            if target is not None:
-                _symlink(f"../../{target}", work / side / swap.name)
-    _symlink("old", work / "current")
-    _write_journal(work, swaps)
-    for directory in (folder / STAGED, work / "old", work / "new", work, folder):
-        sync(directory)
-    for swap in swaps:
-        path = folder / swap.name
-        if swap.old is not None:
-            _duplicate(path, folder / swap.old)
-        _symlink(_link_of(swap), work / "link")
-        os.replace(work / "link", path)
-    sync(folder / SAVED)
-    sync(folder)
-    _symlink("new", work / "link")
-    os.replace(work / "link", work / "current")  # The instant.
-    sync(work)
-    recover(folder)
+    def copy(self, source: str, name: str) -> None:
+        """Add or replace a file by a copy of another, with its mode and times; a link becomes a link if possible."""
+        try:
+            os.symlink(os.readlink(self.folder / source), self.staged(name))
+            self.steps.append((self.staged(name).name, name))
+        except OSError:  # It is no link, or none can be made.
+            self.write(name, (self.folder / source).read_bytes())
+            shutil.copystat(self.folder / source, self.staged(name))
+
+    def move(self, source: str | None, name: str) -> None:
+        """Let one file take the place of another; `None` removes that one."""
+        self.steps.append((source, name))
+
+    def __enter__(self) -> "Change":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None:
+                self._write_journal()
+        finally:
+            recover(self.folder)
+
+    def _write_journal(self) -> None:
+        for name in GUARDED:
+            if all(target != name for _, target in self.steps):
+                if os.path.lexists(self.folder / name):
+                    self.copy(name, name)
+                else:
+                    self.move(None, name)
+        last = sorted((step for step in self.steps if step[1] in GUARDED), key=lambda step: GUARDED.index(step[1]))
+        others = [step for step in self.steps if step not in last]
+        for name in GUARDED:
+            self.write(f"{name}.guard", GUARD)
+        guards = [(f"{name}.guard{STAGED}", name) for name in reversed(GUARDED)]
+        self.write(JOURNAL, json.dumps({"steps": [*guards, *others, *last]}).encode())
+        os.replace(self.staged(JOURNAL), self.folder / JOURNAL)
 
 
 def recover(folder: Path) -> str | None:
-    """Clear up after `switch`, or after a run that was killed: on if the files have switched, else back.
+    """Finish what the journal says, if there is one, and remove what else a killed run has left.
 
     Returns:
         What was done, or `None` if there was nothing to do.
     """
-    work, trash = folder / WORK, folder / TRASH
     done = None
-    if trash.exists():
-        shutil.rmtree(trash)
-        done = "removed what a killed run had left"
-    if not work.exists():
-        return done
-    done = "removed what a killed run had prepared"
-    if (work / JOURNAL).exists():
-        swaps = [Swap(**swap) for swap in json.loads((work / JOURNAL).read_text(encoding="utf-8"))]
-        switched = os.readlink(work / "current") == "new"
-        for swap in swaps:
-            _settle(folder, swap, switched)
-        sync(folder)
-        done = "finished a killed run" if switched else "rolled a killed run back"
-    os.rename(work, trash)
-    sync(folder)
-    shutil.rmtree(trash)
+    for source, target in _read_journal(folder):
+        done = "finished what a killed run had begun"
+        if source is None:
+            (folder / target).unlink(missing_ok=True)
+        elif os.path.lexists(folder / source):
+            os.replace(folder / source, folder / target)
+    (folder / JOURNAL).unlink(missing_ok=True)
+    for path in _leftovers(folder):
+        done = done or "removed what a killed run had left"
+        path.unlink()
     return done
 
 
-def _settle(folder: Path, swap: Swap, switched: bool) -> None:
-    """Put the content that the link of one file leads to in the place of the link; doing it twice does no harm."""
-    path = folder / swap.name
-    content = swap.new if switched else swap.old
-    if path.is_symlink() and os.readlink(path) == _link_of(swap):
-        if content is None:
-            path.unlink()
-        else:
-            os.replace(folder / content, path)
-    elif not switched and swap.old is not None:
-        (folder / swap.old).unlink(missing_ok=True)  # Kept, but its link had not been made.
+def is_pending(folder: Path) -> bool:
+    """Whether a killed run has left something to finish or to remove."""
+    return os.path.lexists(folder / JOURNAL) or bool(_leftovers(folder))
 
 
-def _link_of(swap: Swap) -> str:
-    return f"{WORK}/current/{swap.name}"
+def _leftovers(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob(f"*{STAGED}") if path.is_symlink() or not path.is_dir())
 
 
-def _write_journal(work: Path, swaps: Sequence[Swap]) -> None:
-    # Under another name first: a journal that exists is complete.
-    write_file(work / "journal", [json.dumps([asdict(swap) for swap in swaps]).encode()])
-    os.replace(work / "journal", work / JOURNAL)
-
-
-def _symlink(target: str, path: Path) -> None:
+def _read_journal(folder: Path) -> list[tuple[str | None, str]]:
+    if not os.path.lexists(folder / JOURNAL):
+        return []
     try:
-        os.symlink(target, path)
-    except (OSError, NotImplementedError) as error:
-        raise UpgradeError(
-            f"no symbolic link can be made in {path.parent} ({error}); the upgrade needs them to change all files at "
-            "one instant. Upgrade a copy of the folder on another file system."
-        ) from error
+        steps = [(source, target) for source, target in read_json(folder / JOURNAL)["steps"]]
+        if not all(OWN_NAME.fullmatch(name) for step in steps for name in step if name is not None):
+            raise ValueError(steps)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UpgradeError(f"{folder / JOURNAL} is not what an upgrade wrote; nothing was done. Delete it.") from error
+    return steps
 
 
-def _duplicate(source: Path, target: Path) -> None:
-    """Give a file a second name: a link as the same link, a file as a hard link where that exists, else as a copy."""
-    if source.is_symlink():
-        os.symlink(os.readlink(source), target)
-        return
-    with suppress(OSError):
-        os.link(source, target)
-        return
-    shutil.copy2(source, target)
-    sync(target)
-
-
-def write_file(path: Path, chunks: Iterable[bytes]) -> str:
-    """Write a new file through to the disk and return its SHA-256."""
-    digest = hashlib.sha256()
-    with open(path, "xb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have a file or the names of a folder on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-__all__ = [
-    "SAVED",
-    "STAGED",
-    "Swap",
-    "UpgradeError",
-    "is_pending",
-    "lock",
-    "prepare",
-    "recover",
-    "switch",
-    "write_file",
-]
+__all__ = ["OWN_NAME", "STAGED", "Change", "UpgradeError", "is_pending", "lock", "read_json", "recover"]

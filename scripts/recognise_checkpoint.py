@@ -18,7 +18,6 @@ ChatGLM3 share a SentencePiece `tokenizer.model`, GLM-4's `tokenizer.model` list
 """
 
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -26,23 +25,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from folder_switch import UpgradeError
+from folder_switch import UpgradeError, read_json
 
 
 CODE = Path(__file__).resolve().parent.parent
 
-MODEL_VERSIONS = ("chatglm", "chatglm2", "chatglm3", "glm4")
-# Kinds of vocabulary, and the generations that have them.
-VOCABULARIES = {
-    "the vocabulary ice_text.model": ("chatglm",),
-    "a SentencePiece vocabulary": ("chatglm2", "chatglm3"),
-    "a tiktoken vocabulary": ("glm4",),
-    "a tokenizer.json": MODEL_VERSIONS,
-}
+# Kinds of vocabulary: the generations that have them.
+ICE_TEXT = "the vocabulary ice_text.model"
+SENTENCEPIECE = "a SentencePiece vocabulary"
+TIKTOKEN = "a tiktoken vocabulary"
+FAST = "a tokenizer.json"
+VOCABULARIES = {ICE_TEXT: ("chatglm",), SENTENCEPIECE: ("chatglm2", "chatglm3"), TIKTOKEN: ("glm4",), FAST: ()}
+
 # Keys of relatives that see images.
 IMAGE_KEYS = ("vision_config", "eva_config", "qformer_config", "image_size", "image_length", "boi_token_id")
-WEIGHTS = ("pytorch_model*.bin", "model*.safetensors")
-LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -52,25 +48,16 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     tokenizer_config: dict[str, Any]
-    model_version: str
+    generation: str
     reason: str
 
     @property
     def weights(self) -> list[Path]:
-        return sorted({path for pattern in WEIGHTS for path in self.folder.glob(pattern)})
+        return sorted({*self.folder.glob("pytorch_model*.bin"), *self.folder.glob("model*.safetensors")})
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; of one that does not exist, `{}`."""
-    if not os.path.lexists(path):
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UpgradeError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UpgradeError(f"{path} does not hold a JSON object.")
-    return content
+    @property
+    def tokenizer_class(self) -> str:
+        return "ChatGLM4Tokenizer" if self.generation in VOCABULARIES[TIKTOKEN] else "ChatGLMTokenizer"
 
 
 def recognise(folder: Path, asked: str | None) -> Checkpoint:
@@ -83,33 +70,34 @@ def recognise(folder: Path, asked: str | None) -> Checkpoint:
     Raises:
         UpgradeError: for anything that is not a ChatGLM checkpoint, or not clearly of one generation.
     """
-    if not (folder / "config.json").exists():
-        hint = ""
-        if (folder / "adapter_config.json").exists():
-            hint = " It holds an adapter: upgrade the folder of its base model instead."
-        raise UpgradeError(f"{folder} has no config.json, so it is not a checkpoint folder.{hint}")
     config = read_json(folder / "config.json")
+    if not config:
+        is_adapter = (folder / "adapter_config.json").exists()
+        hint = " It holds an adapter: upgrade the folder of its base model instead." if is_adapter else ""
+        raise UpgradeError(f"{folder} has no config.json, so it is not a checkpoint folder.{hint}")
     refuse_other_families(config)
     tokenizer_config = read_json(folder / "tokenizer_config.json")
     vocabulary = find_vocabulary(folder)
-    model_version, reason = tell_version(folder, config, tokenizer_config, vocabulary, asked)
-    if model_version not in VOCABULARIES[vocabulary]:
+    try:
+        generation, reason = tell_generation(folder, config, tokenizer_config, vocabulary, asked)
+    except (ValueError, TypeError) as error:  # A name that does not exist, or that is no text.
+        raise UpgradeError(f"{'--model-version' if asked else 'config.json'}: {error}") from error
+    if VOCABULARIES[vocabulary] and generation not in VOCABULARIES[vocabulary]:
         raise UpgradeError(
-            f"the folder contradicts itself: {reason} says {model_version}, but it holds {vocabulary}, which is that of "
+            f"the folder contradicts itself: {reason} says {generation}, but it holds {vocabulary}, which is that of "
             f"{' and '.join(VOCABULARIES[vocabulary])}. If no files of two checkpoints were mixed, settle it with "
             "--model-version."
         )
-    checkpoint = Checkpoint(folder, config, tokenizer_config, model_version, f"{reason}; {vocabulary}")
+    checkpoint = Checkpoint(folder, config, tokenizer_config, generation, f"{reason}; {vocabulary}")
     for path in checkpoint.weights:
-        refuse_pointer(path)
+        read_start(path)
     return checkpoint
 
 
 def refuse_other_families(config: Mapping[str, Any]) -> None:
     """Stop at checkpoints that only look alike."""
     model_type = config.get("model_type")
-    image_keys = [key for key in IMAGE_KEYS if key in config]
-    if image_keys:
+    if image_keys := [key for key in IMAGE_KEYS if key in config]:
         raise UpgradeError(
             f"config.json has {image_keys[0]!r}, so this model sees images (GLM-4V, VisualGLM, CogVLM, ...); those are "
             "not supported."
@@ -132,85 +120,72 @@ def find_vocabulary(folder: Path) -> str:
         )
     if not names:
         if (folder / "tokenizer.json").is_file():
-            return "a tokenizer.json"
+            return FAST
         raise UpgradeError(
             f"{folder} has no vocabulary (ice_text.model or tokenizer.model). Copy it and tokenizer_config.json from the "
             "checkpoint that this one was made from."
         )
-    start = refuse_pointer(folder / names[0])
+    start = read_start(folder / names[0])
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", start):
-        kind = "a tiktoken vocabulary"
-    elif start.startswith(b"\n"):  # The first field of a protobuf message.
-        kind = "the vocabulary ice_text.model" if names[0] == "ice_text.model" else "a SentencePiece vocabulary"
-    else:
-        raise UpgradeError(f"{names[0]} is no SentencePiece model and no list of base64 tokens and ranks.")
-    return kind
+        return TIKTOKEN
+    if start.startswith(b"\n"):  # The first field of a protobuf message.
+        return ICE_TEXT if names[0] == "ice_text.model" else SENTENCEPIECE
+    raise UpgradeError(f"{names[0]} is no SentencePiece model and no list of base64 tokens and ranks.")
 
 
-def refuse_pointer(path: Path) -> bytes:
+def read_start(path: Path) -> bytes:
     """The first bytes of a file that Git LFS has really fetched."""
     with open(path, "rb") as file:
         start = file.read(200)
-    if start.startswith(LFS_POINTER):
+    if start.startswith(b"version https://git-lfs"):
         raise UpgradeError(f"{path.name} is a Git LFS pointer, not the file itself: run `git lfs pull` in the folder.")
     return start
 
 
-def tell_version(
+def tell_generation(
     folder: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], vocabulary: str, asked: str | None
 ) -> tuple[str, str]:
-    """The generation and what tells it: the user, the configuration, the vocabulary, the tokenizer, the folder's name.
+    """The generation and what tells it, the surest first; a name that somebody gave the checkpoint comes last.
 
     The name in tokenizer_config.json tells nothing: ChatGLM2-6B's is "THUDM/chatglm-6b".
     """
     sys.path.insert(0, str(CODE))
-    try:
-        from configuration_chatglm import infer_model_version
+    try:  # Not before, for the library behind it takes its time.
+        from configuration_chatglm import infer_model_version as infer_generation
     finally:
         sys.path.remove(str(CODE))
-    names = ("model_version", "_name_or_path", "name_or_path")
-    by_keys = infer_model_version({key: value for key, value in config.items() if key not in names})
     if asked is not None:
-        if by_keys not in (None, asked):
-            raise UpgradeError(f"--model-version {asked}, but the keys of config.json are those of {by_keys}.")
+        infer_generation({"model_version": asked})  # Refuses a name that does not exist.
         return asked, "--model-version"
-    try:
-        by_config = infer_model_version(dict(config))
-    except ValueError as error:
-        raise UpgradeError(f"config.json: {error}") from error
-    of_vocabulary = VOCABULARIES[vocabulary]
-    if by_config is None and len(of_vocabulary) == 1:
-        return of_vocabulary[0], "the vocabulary"
-    by_tokenizer = version_of_tokenizer(folder, tokenizer_config) if vocabulary.startswith("a SentencePiece") else None
-    is_open = "model_version" not in config and by_config in ("chatglm2", "chatglm3", None)
-    if is_open and by_tokenizer and by_config not in (None, by_tokenizer):
-        raise UpgradeError(
-            f"config.json says {by_config}, the tokenizer's files say {by_tokenizer}: settle it with --model-version "
-            f"{by_config} or --model-version {by_tokenizer}."
-        )
-    if by_config or by_tokenizer:
-        return by_config or by_tokenizer, "config.json" if by_config else "the tokenizer's files"
+    unnamed = {key: value for key, value in config.items() if key not in ("_name_or_path", "name_or_path")}
+    if generation := infer_generation(unnamed):
+        return generation, "config.json"
+    if len(VOCABULARIES[vocabulary]) == 1:
+        return VOCABULARIES[vocabulary][0], "the vocabulary"
+    if vocabulary == SENTENCEPIECE and (generation := generation_of_tokenizer(folder, tokenizer_config)):
+        return generation, "the tokenizer's files"
+    if generation := infer_generation(dict(config)):
+        return generation, "the name in config.json"
     # In a cache of the Hub the folder has the name of the revision, and the one above it that of the repository.
-    names = [folder.name, folder.parent.parent.name if folder.parent.name == "snapshots" else ""]
-    for name in names:
-        if by_name := infer_model_version({"_name_or_path": name}):
-            return by_name, f"the folder's name, {name}"
+    for name in (folder.name, folder.parent.parent.name if folder.parent.name == "snapshots" else ""):
+        if generation := infer_generation({"_name_or_path": name}):
+            return generation, f"the folder's name, {name}"
     raise UpgradeError(
         "nothing tells ChatGLM2 from ChatGLM3 here: say --model-version chatglm2 or --model-version chatglm3."
     )
 
 
-def version_of_tokenizer(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+def generation_of_tokenizer(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
     """ChatGLM3 has role tokens, ChatGLM2 writes rounds; the published tokenizer code has one of the two."""
     if "<|observation|>" in json.dumps(tokenizer_config):
         return "chatglm3"
     code = folder / "tokenization_chatglm.py"
     text = code.read_text(encoding="utf-8", errors="replace") if code.is_file() else ""
     has_roles, has_rounds = "<|observation|>" in text, "[Round" in text
-    # This repository's own code, copied in by hand, is the same for every generation.
-    if has_roles == has_rounds or "conversation_chatglm" in text:
+    # This repository's own code is the same for every generation; it alone has imports of this form.
+    if has_roles == has_rounds or "\nfrom ." in text:
         return None
     return "chatglm3" if has_roles else "chatglm2"
 
 
-__all__ = ["CODE", "MODEL_VERSIONS", "Checkpoint", "read_json", "recognise"]
+__all__ = ["CODE", "Checkpoint", "recognise"]

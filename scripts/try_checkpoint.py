@@ -11,10 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Tries a checkpoint folder as it would be with new files, in a temporary place: does it load, do the weights fit?"""
+"""Tries a checkpoint folder as it would be with new files, in a temporary place: does it load, do the weights fit?
+
+Only this repository's code runs, never that of the folder.
+"""
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,25 +33,29 @@ from transformers.utils import logging
 
 
 ROUND_TRIP = "Hello, 你好 42"
+# Larger files are left out where no links can be made.
+LARGEST_COPY = 64 * 2**20
 
 
 @contextmanager
-def assembled(folder: Path, contents: Mapping[str, bytes | Path]) -> Iterator[Path]:
-    """A temporary folder that looks like the checkpoint will look."""
+def assembled(folder: Path, contents: Mapping[str, bytes]) -> Iterator[Path]:
+    """A temporary folder that looks as the checkpoint is going to look."""
     with tempfile.TemporaryDirectory(prefix="chatglm-upgrade-") as temporary:
         trial = Path(temporary) / "checkpoint"
         trial.mkdir()
-        for name in {path.name for path in folder.iterdir()} - contents.keys():
-            os.symlink(folder / name, trial / name)
+        # The library would follow an adapter's configuration to another folder, and run the code there.
+        for name in {path.name for path in folder.iterdir()} - {*contents, "adapter_config.json"}:
+            try:
+                os.symlink(folder / name, trial / name)
+            except OSError:  # Windows, without the right to make links.
+                if (folder / name).is_file() and (folder / name).stat().st_size <= LARGEST_COPY:
+                    shutil.copyfile(folder / name, trial / name)
         for name, content in contents.items():
-            if isinstance(content, Path):
-                os.symlink(content, trial / name)
-            else:
-                (trial / name).write_bytes(content)
+            (trial / name).write_bytes(content)
         yield trial
 
 
-def try_loading(checkpoint: Checkpoint, contents: Mapping[str, bytes | Path]) -> tuple[Any, str]:
+def try_loading(checkpoint: Checkpoint, contents: Mapping[str, bytes]) -> tuple[Any, str]:
     """Load the folder as it will be: tokenizer round trip, names and shapes of the weights, one forward without values.
 
     Returns:
@@ -65,23 +73,24 @@ def try_loading(checkpoint: Checkpoint, contents: Mapping[str, bytes | Path]) ->
         with assembled(checkpoint.folder, contents) as trial:
             tokenizer = AutoTokenizer.from_pretrained(trial, **options)
             ids = tokenizer.encode(ROUND_TRIP, add_special_tokens=False)
-            if tokenizer.decode(ids).strip() != ROUND_TRIP:
-                raise ValueError(f"the tokenizer turns {ROUND_TRIP!r} into {tokenizer.decode(ids)!r}")
-            if checkpoint.weights:
+            if (text := str(tokenizer.decode(ids)).strip()) != ROUND_TRIP:
+                raise ValueError(f"the tokenizer turns {ROUND_TRIP!r} into {text!r}")
+            weights = [trial / path.name for path in checkpoint.weights]
+            if weights and all(path.exists() for path in weights):
                 model, info = auto_class.from_pretrained(
                     trial, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **options
                 )
-                fit = compare_weights(info)
+                compare_weights(info)
+                fit = "names and shapes of the weights"
             else:
+                config = AutoConfig.from_pretrained(trial, **options)
                 with torch.device("meta"):
-                    model = auto_class.from_config(
-                        AutoConfig.from_pretrained(trial, **options), trust_remote_code=True
-                    )
-                fit = "no weights in the folder to compare"
+                    model = auto_class.from_config(config, trust_remote_code=True)
+                fit = f"no weights compared ({'no links can be made here' if weights else 'there are none'})"
             model.eval()(input_ids=torch.tensor([tokenizer.encode(ROUND_TRIP)], device="meta"))
     except Exception as error:  # The remote code may raise anything, and all of it means: does not load.
         # The message may name the temporary folder, and have several lines.
-        message = " ".join(re.sub(r"\S*/chatglm-upgrade-\w+/checkpoint", str(checkpoint.folder), str(error)).split())
+        message = " ".join(re.sub(r"\S*[/\\]chatglm-upgrade-\w+[/\\]checkpoint", ".", str(error)).split())
         raise UpgradeError(
             f"with the new files the folder does not load: {message} ({type(error).__name__})"
         ) from error
@@ -91,7 +100,7 @@ def try_loading(checkpoint: Checkpoint, contents: Mapping[str, bytes | Path]) ->
     return tokenizer, f"tokenizer round trip, {fit}, one forward on the meta device"
 
 
-def compare_weights(info: Mapping[str, Any]) -> str:
+def compare_weights(info: Mapping[str, Any]) -> None:
     """See that the stored tensors are those of the model, by name and shape."""
     # The prefix of P-tuning v2 comes from a file of its own.
     missing = sorted(key for key in info["missing_keys"] if "prefix_encoder" not in key)
@@ -103,7 +112,6 @@ def compare_weights(info: Mapping[str, Any]) -> str:
             raise ValueError(f"{len(keys)} {fault}, such as {keys[0]}")
     if info["mismatched_keys"]:
         raise ValueError(f"a weight has another shape than config.json says: {min(info['mismatched_keys'])}")
-    return "names and shapes of the weights"
 
 
 __all__ = ["try_loading"]
