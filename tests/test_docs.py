@@ -132,9 +132,10 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def test_one_version_everywhere() -> None:
-    project = tomllib.loads(read("pyproject.toml"))["project"]
+    code = re.search(r'^__version__ = "(.+)"$', read("configuration_chatglm.py"), flags=re.MULTILINE)
     latest = re.search(r"^## \[(\d+\.\d+\.\d+)\]", read("CHANGELOG.md"), flags=re.MULTILINE)
-    assert latest and latest[1] == project["version"]
+    assert code and latest
+    assert code[1] == latest[1] == tomllib.loads(read("pyproject.toml"))["project"]["version"]
 
 
 def test_every_benchmark_has_a_quick_form() -> None:
