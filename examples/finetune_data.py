@@ -80,6 +80,10 @@ def read_samples(path: str, arguments: DataArguments) -> list[Sample]:
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise ValueError(f"{place}: the conversation must be a list of messages (objects), got {messages!r:.80}")
         messages = [part for message in messages for part in _split_tool_entry(place, message)]
+        if any(_is_empty_answer(message) for message in messages):
+            raise ValueError(
+                f"{place}: an answer is empty, which would teach the model to say nothing; leave it out with its question"
+            )
         samples.append(Sample(place, messages, record.get("tools")))
     if not samples:
         raise ValueError(f"{path} holds no samples")
@@ -131,6 +135,13 @@ def _split_tool_entry(place: str, message: dict[str, Any]) -> list[dict[str, Any
         {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]},
         {"role": "observation", "content": result},
     ]
+
+
+def _is_empty_answer(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    is_empty = not content or (isinstance(content, str) and not content.strip())
+    is_call = message.get("tool_calls") or message.get("metadata")
+    return message.get("role") == "assistant" and is_empty and not is_call
 
 
 def encode_samples(
@@ -206,8 +217,29 @@ class PaddingCollator:
 
 
 def question_and_answer(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids that ask for the last answer of a sample, and those of the answer."""
+    """The ids that ask for the last answer of a sample, and those of the answer.
+
+    Raises:
+        ValueError: if nothing comes before the answer.
+    """
     last = max(index for index, message in enumerate(sample.messages) if message["role"] == "assistant")
+    if last == 0:
+        raise ValueError(f"{sample.place}: nothing asks for the answer, which is the first message")
     question = tokenizer.apply_chat_template(sample.messages[:last], tools=sample.tools, add_generation_prompt=True)
     both = tokenizer.apply_chat_template(sample.messages[: last + 1], tools=sample.tools)
     return question["input_ids"], both["input_ids"][len(question["input_ids"]) :]
+
+
+def check_questions(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, num_positions: int) -> None:
+    """Find out whether the model can be asked for the last answers.
+
+    Raises:
+        ValueError: for a sample without a question, or with one of more tokens than the model has positions.
+    """
+    for sample in samples:
+        question, _ = question_and_answer(sample, tokenizer)
+        if len(question) > num_positions:
+            raise ValueError(
+                f"{sample.place}: {len(question)} tokens come before the last answer, and the model has "
+                f"{num_positions} positions"
+            )

@@ -15,18 +15,42 @@
 
 import difflib
 import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
 import yaml
+from finetune_adapter import read_adapter
 from finetune_data import DataArguments
+from local_code import read_json_object
+from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 
 QUANTIZED_BITS = {"int8": 8, "int4": 4}
 # Methods whose checkpoints the library cannot resume.
 OWN_CHECKPOINTS = ("adalora", "ptuning")
+# What a new adapter or prefix gets where nothing is said; `adapter` brings its own.
+NEW_ADAPTER: dict[str, Any] = {
+    "target_modules": ["query_key_value"],
+    "lora_rank": 8,
+    "lora_alpha": 32,
+    "lora_dropout": 0.0,
+    "pre_seq_len": 128,
+    "prefix_projection": False,
+}
+# What a method's weights and their meaning depend on, so that a run that goes on must have the same.
+METHOD_SETTINGS = {
+    "full": (),
+    "lora": ("target_modules", "lora_rank", "lora_alpha"),
+    "adalora": ("target_modules", "lora_rank", "lora_alpha", "adalora_initial_rank"),
+    "ptuning": ("pre_seq_len", "prefix_projection"),
+}
 
 
 @dataclass
@@ -38,17 +62,42 @@ class ModelArguments:
     dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] = field(
         default="float32", metadata={"help": "how the weights are held; what a method adds to them is float32"}
     )
-    adapter: str | None = field(default=None, metadata={"help": "the result of an earlier run, to train on"})
-    target_modules: list[str] = field(
-        default_factory=lambda: ["query_key_value"],
-        metadata={"help": "the linear layers that get an adapter, or all-linear"},
+    adapter: str | None = field(
+        default=None, metadata={"help": "the result of an earlier run, to train on; it brings its own sizes"}
     )
-    lora_rank: int = field(default=8, metadata={"help": "rank of the adapters; with adalora their mean at the end"})
-    lora_alpha: int = field(default=32, metadata={"help": "scale of the adapters"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout in front of the adapters"})
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "the linear layers that get an adapter, or all-linear; query_key_value unless given"},
+    )
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "rank of the adapters, 8 unless given; with adalora their mean at the end"}
+    )
+    lora_alpha: int | None = field(default=None, metadata={"help": "scale of the adapters, 32 unless given"})
+    lora_dropout: float | None = field(default=None, metadata={"help": "dropout before the adapters, 0 unless given"})
     adalora_initial_rank: int = field(default=12, metadata={"help": "adalora: rank at the beginning"})
-    pre_seq_len: int = field(default=128, metadata={"help": "ptuning: length of the prefix"})
-    prefix_projection: bool = field(default=False, metadata={"help": "ptuning: make the prefix with a small network"})
+    pre_seq_len: int | None = field(default=None, metadata={"help": "ptuning: length of the prefix, 128 unless given"})
+    prefix_projection: bool | None = field(
+        default=None,
+        metadata={"help": "ptuning: make the prefix with a small network", "nargs": "?", "const": True},
+    )
+
+    def __post_init__(self) -> None:
+        """Fill in what was not given.
+
+        Raises:
+            OSError, ValueError: if `adapter` cannot be read, or was made with other settings than those given.
+        """
+        made_with: dict[str, Any] = {}
+        if self.adapter and self.method in ("lora", "ptuning"):
+            with settings_named("adapter"):
+                made_with = read_adapter(Path(self.adapter), self.method)
+        for name, value in (NEW_ADAPTER | made_with).items():
+            given = getattr(self, name)
+            if given is None:
+                setattr(self, name, value)
+            # Which layers the names of target_modules mean is known when the model is.
+            elif name in made_with and name != "target_modules" and given != value:
+                raise ValueError(f"{name}: {self.adapter} was made with {value}, not {given}; leave {name} out")
 
 
 @dataclass
@@ -113,47 +162,159 @@ def _words_of_file(path: Path, known: set[str]) -> list[str]:
     return words
 
 
+class Rule(NamedTuple):
+    """What the values of some settings must be."""
+
+    names: tuple[str, ...]
+    holds: Callable[[Any], bool]
+    says: str
+
+
+# Only what the library does not check itself, or not by the setting's name.
+RULES = (
+    Rule(
+        (
+            "max_length",
+            "max_new_tokens",
+            "lora_rank",
+            "lora_alpha",
+            "adalora_initial_rank",
+            "pre_seq_len",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "eval_accumulation_steps",
+        ),
+        lambda value: value > 0,
+        "must be more than 0",
+    ),
+    Rule(
+        (
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "neftune_noise_alpha",
+            "generate_samples",
+            "dataloader_num_workers",
+        ),
+        lambda value: 0 <= value < math.inf,
+        "must be 0 or more, and finite",
+    ),
+    Rule(
+        ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor"),
+        lambda value: 0 <= value < 1,
+        "must be at least 0 and less than 1",
+    ),
+    Rule(("max_steps",), bool, "must be more than 0, or -1 to go by num_train_epochs"),
+)
+
+
 def check_arguments(model: ModelArguments, data: DataArguments, run: RunArguments) -> None:
     """Refuse what cannot work before anything is loaded.
 
     Raises:
         ValueError: with the setting and the remedy.
     """
+    settings = vars(model) | vars(data) | vars(run)
+    for rule in RULES:
+        for name in rule.names:
+            if settings[name] is not None and not rule.holds(settings[name]):
+                raise ValueError(f"{name}: {rule.says}, got {settings[name]}")
+    for message, is_fault in (_faults_of_model(model) | _faults_of_run(model, data, run)).items():
+        if is_fault:
+            raise ValueError(message)
+    _try_out(run)
+
+
+def _try_out(run: RunArguments) -> None:
+    """Let the libraries check what they otherwise do when the model is loaded or takes its first step."""
+    with settings_named("report_to"):
+        for tracker in get_reporting_integration_callbacks(run.report_to):
+            tracker()
+    if run.gradient_checkpointing and run.gradient_checkpointing_kwargs:
+        with settings_named("gradient_checkpointing_kwargs"):
+            # The two that the library takes for itself.
+            kwargs = {
+                name: value
+                for name, value in run.gradient_checkpointing_kwargs.items()
+                if name not in ("every_n_layers", "offload")
+            }
+            checkpoint(torch.nn.Identity(), torch.zeros(1, requires_grad=True), **{"use_reentrant": False} | kwargs)
+
+
+def _faults_of_model(model: ModelArguments) -> dict[str, Any]:
+    """What may be wrong with the model and the method, and whether it is."""
     config_file = Path(model.model) / "config.json"
     if not config_file.is_file():
         raise ValueError(f"model: {model.model} is not a checkpoint folder: it has no config.json")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    if config.get("model_type") != "chatglm":
-        raise ValueError(f"model: the model_type of {model.model} is {config.get('model_type')!r}, not 'chatglm'")
+    with settings_named("model"):
+        config = read_json_object(config_file)
+    is_full = model.method == "full"
     is_quantized = model.dtype in QUANTIZED_BITS or config.get("quantization_bit") or config.get("quantization_config")
-    output = Path(run.output_dir)
-    faults = {
+    return {
+        f"model: the model_type of {model.model} is {config.get('model_type')!r}, not 'chatglm'": (
+            config.get("model_type") != "chatglm"
+        ),
         "method: full changes the weights themselves, which int8 and int4 cannot hold; use lora": (
-            model.method == "full" and is_quantized
+            is_full and is_quantized
         ),
         "dtype: float16 is too coarse to add up small changes; for full use float32 with fp16: true, or bfloat16": (
-            model.method == "full" and model.dtype == "float16"
+            is_full and model.dtype == "float16"
         ),
-        "adapter: full trains no adapter; merge it into the checkpoint first": model.method == "full"
-        and model.adapter,
+        "adapter: full trains no adapter; merge it into the checkpoint first": is_full and model.adapter,
         "adapter: adalora has given out the ranks when its run ends; merge it into the checkpoint first": (
             model.method == "adalora" and model.adapter
         ),
         f"adalora_initial_rank: must be more than lora_rank={model.lora_rank}, to which ranks come down": (
-            model.method == "adalora" and model.adalora_initial_rank <= model.lora_rank
+            model.method == "adalora" and model.adalora_initial_rank <= (model.lora_rank or 0)
         ),
+    }
+
+
+def _faults_of_run(model: ModelArguments, data: DataArguments, run: RunArguments) -> dict[str, Any]:
+    """What may be wrong with the rest, and whether it is."""
+    output = Path(run.output_dir or "")
+    metric = str(run.metric_for_best_model).removeprefix("eval_")
+    return {
         "packing: ptuning puts its prefix in front of a row, which the later samples of a packed row cannot see": (
             model.method == "ptuning" and data.packing
         ),
         "load_best_model_at_end: not with adalora and ptuning; their checkpoints can be resumed by name": (
             model.method in OWN_CHECKPOINTS and run.load_best_model_at_end
         ),
+        f"metric_for_best_model: {run.metric_for_best_model} is not measured; the metric there is, is eval_loss": (
+            metric not in ("None", "loss")
+        ),
         "eval_strategy: there is no eval_file": run.eval_strategy != "no" and not data.eval_file,
+        "eval_on_start: there is no eval_file": run.eval_on_start and not data.eval_file,
+        "dataloader_persistent_workers: needs dataloader_num_workers of 1 or more": (
+            run.dataloader_persistent_workers and run.dataloader_num_workers == 0
+        ),
+        f"num_train_epochs: must be more than 0, got {run.num_train_epochs}": (
+            run.max_steps < 0 and not 0 < run.num_train_epochs < math.inf
+        ),
         "resume_from_checkpoint: use resume, which checks the checkpoint first": run.resume_from_checkpoint,
         f"output_dir: {output} is not empty; use another one, or resume: auto": (
             run.resume == "no" and output.is_dir() and any(output.iterdir())
         ),
     }
-    for message, is_fault in faults.items():
-        if is_fault:
-            raise ValueError(message)
+
+
+def error_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    text = " ".join(str(error).split())
+    says_enough = isinstance(error, (OSError, ValueError, TypeError, ImportError, RuntimeError)) and text
+    return text if says_enough else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def settings_named(names: str) -> Iterator[None]:
+    """Put the names of settings in front of what a library says of them.
+
+    Raises:
+        ValueError: in place of any exception.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{names}: {error_line(error)}") from error

@@ -23,10 +23,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from finetune import make_trainer
 from finetune_data import DataArguments, Sample, encode_samples, read_samples
 from finetune_report import Answer, generate_answers
 from finetune_settings import ModelArguments, RunArguments
+from finetune_trainer import make_trainer
 from local_code import load_tokenizer, register
 from transformers.utils import logging
 

@@ -21,6 +21,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -30,27 +31,47 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = "chatglm_transformers"
 
 
-def register() -> ModuleType:
-    """Register the classes and return the module of the models."""
+def load_module(name: str) -> ModuleType:
+    """One of the files at the top of the repository, by its name without `.py`."""
     package = ModuleType(PACKAGE)
     package.__path__ = [str(REPOSITORY)]
     sys.modules.setdefault(PACKAGE, package)
-    configuration, tokenization, modeling = (
-        importlib.import_module(f"{PACKAGE}.{name}_chatglm") for name in ("configuration", "tokenization", "modeling")
-    )
-    config_class = configuration.ChatGLMConfig
+    return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+def register() -> ModuleType:
+    """Register the classes and return the module of the models."""
+    modeling = load_module("modeling_chatglm")
+    config_class = load_module("configuration_chatglm").ChatGLMConfig
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_class in (AutoModel, AutoModelForCausalLM):
         auto_class.register(config_class, modeling.ChatGLMForConditionalGeneration, exist_ok=True)
-    AutoTokenizer.register(config_class, tokenizer_class=tokenization.ChatGLMTokenizer, exist_ok=True)
+    tokenizer_class = load_module("tokenization_chatglm").ChatGLMTokenizer
+    AutoTokenizer.register(config_class, tokenizer_class=tokenizer_class, exist_ok=True)
     return modeling
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint folder with the class its tokenizer_config.json names."""
     register()
-    tokenization = importlib.import_module(f"{PACKAGE}.tokenization_chatglm")
+    tokenization = load_module("tokenization_chatglm")
     settings = folder / "tokenizer_config.json"
-    name = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") if settings.is_file() else None
+    name = read_json_object(settings).get("tokenizer_class") if settings.is_file() else None
     # `AutoTokenizer` can hold one class for a configuration, and GLM-4 has one of its own.
-    return getattr(tokenization, name or "", tokenization.ChatGLMTokenizer).from_pretrained(folder)
+    return getattr(tokenization, str(name), tokenization.ChatGLMTokenizer).from_pretrained(folder)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no JSON, or something else than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content

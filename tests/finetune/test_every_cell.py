@@ -11,24 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Every generation learns a dialogue by every method on weights of every precision, and a new process still knows it."""
+"""Every generation learns a dialogue by every method on weights of every precision, and a model loaded from the result knows it."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import finetune_report
+import peft
 import pytest
-from transformers.models.auto import configuration_auto, modeling_auto, tokenization_auto
-
-
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import finetune  # noqa: E402
-import finetune_report  # noqa: E402
+from finetune_trainer import load_model
+from local_code import load_tokenizer
+from short_runs import finetune, finetune_data, prepare, read_arguments
 
 
 CASES = {"chatglm": "chatglm1", "chatglm2": "chatglm2", "chatglm3": "chatglm3", "glm4": "glm4"}
@@ -56,43 +50,23 @@ CELLS = [
     if not (method == "full" and base.startswith("int"))
 ]
 
-RELOAD = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import finetune, finetune_report, peft
-result, words = sys.argv[2], sys.argv[3:]
-model, data, run = finetune.read_arguments(words)
-finetune.register()
-tokenizer = finetune.load_tokenizer(finetune.Path(model.model))
-method, model.method = model.method, "full"
-model.model = result if method == "full" else model.model
-loaded = finetune.load_model(model, run, num_steps=1)
-if method == "ptuning":
-    loaded.load_prefix_encoder(result)
-elif method != "full":
-    loaded = peft.PeftModel.from_pretrained(loaded, result)
-(answer,) = finetune_report.generate_answers(
-    loaded, tokenizer, finetune.read_samples(data.train_file, data), max_new_tokens=8
-)
-print(json.dumps(answer.answer))
-"""
+
+def answer_of(model: Any, tokenizer: Any, samples: list[finetune_data.Sample]) -> str:
+    (found,) = finetune_report.generate_answers(model, tokenizer, samples, max_new_tokens=8)
+    return found.answer
 
 
-@pytest.fixture(autouse=True, scope="module")
-def leave_the_auto_classes_alone() -> Iterator[None]:
-    """The example registers this repository's classes, which other tests load as remote code."""
-    with pytest.MonkeyPatch.context() as patch:
-        mappings = (
-            configuration_auto.CONFIG_MAPPING,
-            modeling_auto.MODEL_MAPPING,
-            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-            tokenization_auto.TOKENIZER_MAPPING,
-        )
-        for mapping in mappings:
-            patch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
-        classes = dict(tokenization_auto.REGISTERED_TOKENIZER_CLASSES)
-        patch.setattr(tokenization_auto, "REGISTERED_TOKENIZER_CLASSES", classes)
-        yield
+def reload(words: list[str], result: Path) -> Any:
+    """The model of the settings with what training left in a folder."""
+    model, _, run = read_arguments(words)
+    method, model.method = model.method, "full"
+    model.model = str(result) if method == "full" else model.model
+    loaded = load_model(model, run, num_steps=1)
+    if method == "ptuning":
+        loaded.load_prefix_encoder(result)
+    elif method != "full":
+        loaded = peft.PeftModel.from_pretrained(loaded, result)
+    return loaded
 
 
 @pytest.fixture
@@ -126,30 +100,23 @@ def settings(case_folder: Any, tmp_path: Path) -> Any:
 @pytest.mark.parametrize(("version", "method", "base"), CELLS)
 def test_a_dialogue_is_learnt_and_kept(settings: Any, version: str, method: str, base: str, tmp_path: Path) -> None:
     words = settings(version, method, base)
-    job = finetune.prepare(*finetune.read_arguments(words))
+    job = prepare(words)
     trainer = job.trainer
-    samples = finetune.read_samples(job.data.train_file, job.data)
-
-    def answer() -> str:
-        (found,) = finetune_report.generate_answers(trainer.model, trainer.processing_class, samples, max_new_tokens=8)
-        return found.answer
-
-    assert answer() != ANSWER
+    samples = finetune_data.read_samples(job.data.train_file, job.data)
+    assert answer_of(trainer.model, trainer.processing_class, samples) != ANSWER
     finetune.train(job)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"{version} {method} {base}: loss {losses[0]:.2f} -> {losses[-1]:.4f}")
     assert losses[-1] < 0.7 * losses[0]
-    assert answer() == ANSWER
-    result, other = tmp_path / "out", tmp_path / "other"
-    words = [word.replace(str(result), str(other)) for word in words]
-    command = [sys.executable, "-c", RELOAD, str(EXAMPLES), str(result), *words]
-    output = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert output.returncode == 0, output.stderr
-    assert json.loads(output.stdout.splitlines()[-1]) == ANSWER
+    assert answer_of(trainer.model, trainer.processing_class, samples) == ANSWER
+    result = tmp_path / "out"
+    other = [word.replace(str(result), str(tmp_path / "other")) for word in words]
+    tokenizer = load_tokenizer(Path(job.model.model))
+    assert answer_of(reload(other, result), tokenizer, samples) == ANSWER
 
 
 @pytest.mark.parametrize("version", CASES)
 @pytest.mark.parametrize("base", ["int8", "int4"])
 def test_integer_weights_are_not_trained(settings: Any, version: str, base: str) -> None:
     with pytest.raises(ValueError, match=base):
-        finetune.prepare(*finetune.read_arguments(settings(version, "full", base)))
+        prepare(settings(version, "full", base))

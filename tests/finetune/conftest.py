@@ -1,0 +1,86 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Fixtures of the tests of fine-tuning."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers.models.auto import configuration_auto, modeling_auto, tokenization_auto
+
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "examples")]
+
+import finetune_report  # noqa: E402
+from short_runs import BUNDLED, LEARNING_RATES, METHODS, RECORDS, SETTINGS, finetune, prepare, write_lines  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="package")
+def leave_the_auto_classes_alone() -> Iterator[None]:
+    """The example registers this repository's classes, which other tests load as remote code."""
+    with pytest.MonkeyPatch.context() as patch:
+        mappings = (
+            configuration_auto.CONFIG_MAPPING,
+            modeling_auto.MODEL_MAPPING,
+            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+            tokenization_auto.TOKENIZER_MAPPING,
+        )
+        for mapping in mappings:
+            patch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
+        classes = dict(tokenization_auto.REGISTERED_TOKENIZER_CLASSES)
+        patch.setattr(tokenization_auto, "REGISTERED_TOKENIZER_CLASSES", classes)
+        yield
+
+
+@pytest.fixture
+def make_settings(tmp_path: Path) -> Callable[..., list[str]]:
+    """The command line of a short run; the output folder is `tmp_path / "out"` unless named, and None leaves out."""
+    train_file = write_lines(tmp_path / "train.jsonl", RECORDS)
+
+    def settings(method: str = "lora", **changes: Any) -> list[str]:
+        values = SETTINGS | {
+            "method": method,
+            "train_file": train_file,
+            "output_dir": str(tmp_path / "out"),
+            "learning_rate": LEARNING_RATES.get(method, 1e-3),
+        }
+        file = tmp_path / "settings.yaml"
+        file.write_text(yaml.safe_dump(values | changes), encoding="utf-8")
+        return [str(file)]
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[finetune.Job, str]]:
+    """A run of every method on 4 records, and what its model answers to the first."""
+    jobs = {}
+    for method in METHODS:
+        folder = tmp_path_factory.mktemp(method)
+        file = write_lines(folder / "data.jsonl", RECORDS[:4])
+        settings = f"--model={BUNDLED} --method={method} --train_file={file} --eval_file={file} --pre_seq_len=8"
+        settings += f" --target_modules all-linear --learning_rate={LEARNING_RATES[method]} --output_dir={folder}/out"
+        settings += " --max_steps=40 --logging_steps=1 --eval_strategy=steps --eval_steps=20 --save_steps=20"
+        settings += " --per_device_train_batch_size=4 --use_cpu=true --disable_tqdm=true"
+        job = prepare(settings.split())
+        finetune.train(job)
+        (answer,) = finetune_report.generate_answers(
+            job.trainer.model, job.trainer.processing_class, job.samples[:1], max_new_tokens=32
+        )
+        jobs[method] = job, answer.answer
+    return jobs

@@ -1,0 +1,108 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Fine-tuning in several processes equals fine-tuning in one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from short_runs import BUNDLED, EXAMPLES, finetune, losses
+
+
+def launch(words: list[str], num_processes: int) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_machines=1",
+        "--mixed_precision=no",
+    ]
+    command += [f"--num_processes={num_processes}", "--dynamo_backend=no", str(EXAMPLES / "finetune.py"), *words]
+    # `--cpu` would ask for MPI; this way the processes are torchrun's, and `use_cpu` makes them talk through gloo.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=600)
+    assert output.returncode == 0, output.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_batch_of_both(
+    make_settings: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    assert finetune.main(make_settings(per_device_train_batch_size=8)) == 0
+    launch([*make_settings(per_device_train_batch_size=4), f"--output_dir={tmp_path / 'two'}"], num_processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "out"), rel=1e-4)
+
+
+SHARDED = """
+import json, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, sys.argv[1])
+from local_code import register
+
+register()
+dist.init_process_group("gloo")
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32)
+for layer in model.transformer.encoder.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+ids = torch.arange(5, 69).view(4, 16)[dist.get_rank() * 2 :][:2]
+losses = []
+for _ in range(4):
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    dist.all_reduce(total := loss.detach().clone())
+    losses.append(total.item() / 2)
+if dist.get_rank() == 0:
+    print("losses:", json.dumps(losses))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_sharded_equals_whole(chatglm: Any, tmp_path: Path) -> None:
+    (tmp_path / "sharded.py").write_text(SHARDED, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(tmp_path / "sharded.py"), str(EXAMPLES), str(BUNDLED)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    output = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=600)
+    assert output.returncode == 0, output.stderr
+    sharded = json.loads(re.search(r"losses: (.*)", output.stdout)[1])
+    model = chatglm.ChatGLMForConditionalGeneration.from_pretrained(BUNDLED, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.arange(5, 69).view(4, 16)
+    whole = []
+    for _ in range(4):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        whole.append(loss.item())
+    assert whole[-1] < whole[0]
+    assert sharded == pytest.approx(whole, rel=1e-4)
