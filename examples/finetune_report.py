@@ -116,5 +116,5 @@ def draw_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
     if axes.lines:
         axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)

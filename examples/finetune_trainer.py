@@ -192,19 +192,29 @@ class FinetuneTrainer(Trainer):
             allocator.peft_config.rank_pattern = state["rank_pattern"]
 
 
-def count_steps(num_rows: int, run: RunArguments) -> int:
-    """The optimizer steps of a run, as the Trainer counts them.
+def count_batches(num_rows: int, size: int, run: RunArguments) -> int:
+    """How many batches each process gets of some rows.
 
     Raises:
         ValueError: if there is not even one, because incomplete batches are dropped.
     """
-    share = num_rows / (run.train_batch_size * run.world_size)
+    share = num_rows / (size * run.world_size)
     num_batches = math.floor(share) if run.dataloader_drop_last else math.ceil(share)
-    if num_batches == 0:
+    if num_rows and num_batches == 0:
         raise ValueError(
-            f"dataloader_drop_last: {num_rows} rows do not fill one batch of {run.train_batch_size} on each of "
-            f"{run.world_size} processes, so nothing would be trained; lower per_device_train_batch_size"
+            f"dataloader_drop_last: {num_rows} rows do not fill one batch of {size} on each of {run.world_size} "
+            "processes, so all of them are dropped; lower per_device_train_batch_size or per_device_eval_batch_size"
         )
+    return num_batches
+
+
+def count_steps(num_rows: int, run: RunArguments) -> int:
+    """The optimizer steps of a run, as the Trainer counts them.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    num_batches = count_batches(num_rows, run.train_batch_size, run)
     if run.max_steps > 0:
         return run.max_steps
     return math.ceil(math.ceil(num_batches / run.gradient_accumulation_steps) * run.num_train_epochs)
@@ -221,6 +231,7 @@ def make_trainer(
     set_seed(run.seed)
     first_step = FirstStepCallback()
     num_steps = count_steps(len(rows["train"]), run)
+    count_batches(len(rows.get("eval", [])), run.eval_batch_size, run)
     trainer = FinetuneTrainer(
         load_model(model, run, num_steps),
         run,

@@ -22,9 +22,10 @@ from typing import Any
 
 import pytest
 from finetune_trainer import count_steps
-from short_runs import BUNDLED, CONFIGS, RECORDS, finetune, prepare, read_arguments, write_lines
+from short_runs import BUNDLED, CONFIGS, EXAMPLES, RECORDS, finetune, prepare, read_arguments, write_lines
 
 
+DIALOGUES = str(EXAMPLES / "dialogues.jsonl")
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"method": "lorra"}, "argument --method: invalid choice: 'lorra'"),
     "key": ({"lerning_rate": 1}, "unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
@@ -45,6 +46,15 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "dropped rows": (
         {"dataloader_drop_last": True, "per_device_train_batch_size": 9},
         "dataloader_drop_last: 8 rows do not fill one batch of 9",
+    ),
+    "dropped eval rows": (
+        {
+            "dataloader_drop_last": True,
+            "eval_file": DIALOGUES,
+            "per_device_eval_batch_size": 1000,
+            "generate_samples": 0,
+        },
+        "dataloader_drop_last: 367 rows do not fill one batch of 1000",
     ),
     "tracker": ({"report_to": "nobody"}, "report_to: nobody is not supported"),
     "checkpointing": (
