@@ -44,6 +44,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
+from transformers.models.auto import configuration_auto, modeling_auto, tokenization_auto  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 
@@ -91,6 +92,23 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def leave_the_auto_classes_alone() -> Iterator[None]:
+    """For tests of programs that register this repository's classes, which other tests load as remote code."""
+    with pytest.MonkeyPatch.context() as patch:
+        mappings = (
+            configuration_auto.CONFIG_MAPPING,
+            modeling_auto.MODEL_MAPPING,
+            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+            tokenization_auto.TOKENIZER_MAPPING,
+        )
+        for mapping in mappings:
+            patch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
+        classes = dict(tokenization_auto.REGISTERED_TOKENIZER_CLASSES)
+        patch.setattr(tokenization_auto, "REGISTERED_TOKENIZER_CLASSES", classes)
+        yield
 
 
 @pytest.fixture(scope="session")

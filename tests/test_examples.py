@@ -11,14 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The bundled checkpoint answers what it was taught, and the programs around it do what they say."""
+"""The bundled checkpoint answers what it was taught, and the program that trains it does what it says."""
 
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,11 +30,9 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLES = REPOSITORY / "examples"
 BUNDLED = EXAMPLES / "tiny-chatglm3"
-HELLO = "你好！我是一个很小的演示模型，很高兴见到你。有什么可以帮你的吗？"
 
 sys.path.insert(0, str(EXAMPLES))
 
-import chat  # noqa: E402
 import train_tiny  # noqa: E402
 
 
@@ -63,19 +59,6 @@ def model(folder: Path) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-
-
-def run_chat(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    # Where the environment asks for another encoding than UTF-8, as on Windows.
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / "chat.py"), *arguments],
-        input=stdin,
-        env=environment,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
 
 
 def test_folder_is_a_small_published_layout(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -211,91 +194,18 @@ def test_only_answers_are_learnt(tokenizer: PreTrainedTokenizerBase, dialogues: 
 
 
 @pytest.mark.slow
-def test_training_script_reports_an_untrained_model(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "train_tiny.py"), "--epochs", "1", "--output", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=600)
-    assert result.returncode == 1, result.stderr
-    assert "wrong answers" in result.stdout
+@pytest.mark.usefixtures("leave_the_auto_classes_alone")
+def test_training_script_reports_an_untrained_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py", "--epochs", "1", "--output", str(tmp_path)])
+    # An untrained model never ends its answers, so a few must do.
+    ask_all = train_tiny.wrong_answers
+    monkeypatch.setattr(
+        train_tiny, "wrong_answers", lambda model, tokenizer, taught: ask_all(model, tokenizer, taught[::40])
+    )
+    assert train_tiny.main() == 1
+    assert "wrong answers" in capsys.readouterr().out
     # The vocabulary is the same in every run, and holds no path of the machine it was made on.
     assert (tmp_path / "tokenizer.model").read_bytes() == (BUNDLED / "tokenizer.model").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in BUNDLED.iterdir()}
-
-
-@pytest.mark.parametrize("name", ["chatglm1", "chatglm2", "glm4"])
-def test_chat_with_a_checkpoint_of_every_generation(reference_dir: Path, name: str) -> None:
-    result = run_chat(str(reference_dir / name), "--once", "你好", "--max-length", "40", "--temperature", "0")
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.strip()
-
-
-def test_chat_once() -> None:
-    result = run_chat("--once", "你好")
-    assert (result.returncode, result.stdout) == (0, f"{HELLO}\n"), result.stderr
-    assert result.stderr == ""
-
-
-def test_chat_through_a_pipe() -> None:
-    lines = ["My name is Lily.", "", "What is my name?", "clear", "What is my name?", "stop", "Hello!"]
-    result = run_chat(str(BUNDLED), stdin="\n".join(lines))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [
-        "Nice to meet you, Lily!",
-        "Your name is Lily.",
-        "You have not told me your name yet.",
-    ]
-
-
-def test_chat_with_a_wrong_folder_fails_in_one_line(tmp_path: Path) -> None:
-    result = run_chat(str(tmp_path / "nothing"), "--once", "你好")
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert result.stderr == f"error: there is no folder {tmp_path / 'nothing'}\n"
-
-
-def test_chat_names_what_a_folder_lacks(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no config.json"):
-        chat.load(tmp_path, "cpu", "auto")
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    with pytest.raises(ValueError, match="not a ChatGLM checkpoint.*'llama'"):
-        chat.load(tmp_path, "cpu", "auto")
-    shutil.copyfile(BUNDLED / "config.json", tmp_path / "config.json")
-    with pytest.raises(ValueError, match="no tokenizer file"):
-        chat.load(tmp_path, "cpu", "auto")
-
-
-def test_interrupting_an_answer_keeps_what_was_shown(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    conversation = chat.Conversation(model, tokenizer, temperature=0)
-    printed: list[str] = []
-
-    def print_and_interrupt(text: str = "", **kwargs: Any) -> None:
-        printed.append(text)
-        if len(printed) == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(chat, "print", print_and_interrupt, raising=False)
-        conversation.say("你好")
-    beginning = "".join(printed)
-    assert beginning and HELLO.startswith(beginning) and beginning != HELLO
-    assert conversation.history[-1]["content"] == beginning
-    conversation.say("谢谢")
-    assert capsys.readouterr().out == "不客气！\n"
-
-
-def test_a_question_that_is_too_long_does_not_end_the_chat(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    lines = iter(["é" * 2000, "谢谢", "stop"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    chat.converse(chat.Conversation(model, tokenizer, temperature=0))
-    captured = capsys.readouterr()
-    assert captured.out == "不客气！\n"
-    assert "1024 positions" in captured.err
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in BUNDLED.iterdir()} - {"README.md"}

@@ -21,7 +21,6 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers.models.auto import configuration_auto, modeling_auto, tokenization_auto
 
 
 HERE = Path(__file__).resolve().parent
@@ -31,21 +30,9 @@ import finetune_report  # noqa: E402
 from short_runs import BUNDLED, LEARNING_RATES, METHODS, RECORDS, SETTINGS, finetune, prepare, write_lines  # noqa: E402
 
 
-@pytest.fixture(autouse=True, scope="package")
-def leave_the_auto_classes_alone() -> Iterator[None]:
-    """The example registers this repository's classes, which other tests load as remote code."""
-    with pytest.MonkeyPatch.context() as patch:
-        mappings = (
-            configuration_auto.CONFIG_MAPPING,
-            modeling_auto.MODEL_MAPPING,
-            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-            tokenization_auto.TOKENIZER_MAPPING,
-        )
-        for mapping in mappings:
-            patch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
-        classes = dict(tokenization_auto.REGISTERED_TOKENIZER_CLASSES)
-        patch.setattr(tokenization_auto, "REGISTERED_TOKENIZER_CLASSES", classes)
-        yield
+@pytest.fixture(autouse=True, scope="module")
+def registers(leave_the_auto_classes_alone: None) -> None:
+    """The programs register this repository's classes."""
 
 
 @pytest.fixture(autouse=True, scope="package")
