@@ -15,62 +15,162 @@
 
 What is unusual here:
 
-- The whole conversation is encoded anew in every turn. A cache kept from the turn before holds the ids it was made
-  from, and only its common beginning with the new ids is used: a reused cache never changes an answer.
-- Streaming runs `generate` in a thread that hands tokens over as they come. Closing the iterator stops the thread.
+- The whole conversation is encoded anew in every turn. A cache from an earlier turn remembers which tokens it holds and
+  the state of the model that computed them. Only their common beginning with the new prompt is used, and nothing at all
+  if the model has changed: a reused cache never changes an answer.
+- Streaming runs `generate` in a thread that hands over the tokens as they come. Closing the iterator stops the thread,
+  and so does the end of the program.
 - Only stop tokens are removed from an answer, so one that was cut off by `max_length` is returned whole.
+- PEFT keeps a soft prompt (prompt tuning, prefix tuning, P-tuning) outside of the model. `chat` and its relatives are
+  therefore given to PEFT's model too, where they generate with the soft prompt.
 """
 
+import atexit
+import hashlib
+import itertools
+import operator
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation.streamers import BaseStreamer
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation import BaseStreamer, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from .conversation_chatglm import ConversationFormat, conversation_format
 
 
 History = list[tuple[str, str]] | list[dict[str, Any]]
 
+# How many numbers of each weight `describe_state` looks at, and which attributes of a module it knows already.
+NUM_SAMPLES = 32
+MODULE_ATTRIBUTES = vars(nn.Module()).keys() - {"training"}
+
+
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor itself, or the tensors inside if it is of a subclass such as `DTensor`."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(getattr(tensor, name))
+
+
+def sample_weight(tensor: torch.Tensor) -> torch.Tensor:
+    """Up to `NUM_SAMPLES` numbers from all over a tensor, `[samples]`, without a copy of the rest."""
+    step = max((tensor.numel() - 1) // (NUM_SAMPLES - 1), 1)
+    return tensor.detach().as_strided((min(tensor.numel(), NUM_SAMPLES),), (step,))
+
+
+def describe_settings(owner: Any) -> list[tuple[str, Any]]:
+    """Attributes that are numbers, texts or containers. PEFT keeps there which adapter is active, scaled or merged."""
+    kinds = (bool, int, float, str, list, tuple, set, dict)
+    return [pair for pair in vars(owner).items() if isinstance(pair[1], kinds) and pair[0] not in MODULE_ATTRIBUTES]
+
+
+def describe_state(model: nn.Module, device_type: str) -> str | None:
+    """A digest of everything besides the tokens that a cache depends on: weights, adapters, dtypes and settings.
+
+    A weight is known by its place in memory, by torch's count of its changes and by some of its numbers. The count
+    alone is not enough: PEFT's merging and `model.half()` go past it.
+
+    Returns:
+        None if some weights are offloaded, because there is nothing to look at.
+    """
+    tensors = [part for tensor in (*model.parameters(), *model.buffers()) for part in plain_tensors(tensor)]
+    if any(tensor.is_meta for tensor in tensors):
+        return None
+    samples = defaultdict(list)
+    for tensor in tensors:
+        samples[tensor.device, tensor.dtype].append(sample_weight(tensor))
+    state = (
+        [(part.data_ptr(), part.shape, None if part.is_inference() else part._version) for part in tensors],
+        [(kind, torch.cat(parts).view(torch.uint8).cpu().numpy().tobytes()) for kind, parts in samples.items()],
+        [(type(module).__qualname__, describe_settings(module)) for module in model.modules()],
+        describe_settings(model.config),
+        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
+    )
+    return hashlib.sha256(repr(state).encode()).hexdigest()
+
 
 class ConversationCache(DynamicCache):
-    """A cache that knows which tokens it holds, so that the next turn can tell how much of it still applies."""
+    """A cache that knows its tokens and the state of the model that computed them.
 
-    def __init__(self, *args: Any, prefix_encoder: torch.nn.Module | None = None, **kwargs: Any) -> None:
+    `token_ids` are its first tokens; it may hold more. Copies and pickles of it work.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.layers: list[Any]
         self.token_ids: list[int] = []
-        # A stream that has not ended is still writing.
-        self.is_busy = False
-        # Of P-tuning v2: what comes before all tokens.
-        self.prefix_encoder = prefix_encoder
+        self.model_state: str | None = None
+        # A prefix of P-tuning v2, which comes before all tokens.
+        self.prefix_length = 0
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.Lock())
 
     def get_num_tokens(self) -> int:
-        """How many tokens it holds; a prefix of P-tuning v2 is no token."""
-        prefix_length = 0 if self.prefix_encoder is None else self.prefix_encoder.pre_seq_len
-        return max(self.get_seq_length() - prefix_length, 0)
+        """How many tokens every layer holds: a forward pass that was interrupted leaves some layers ahead of others."""
+        tensors = [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
+        lengths = [0 if tensor is None or tensor.numel() == 0 else tensor.shape[-2] for tensor in tensors]
+        return max(min(lengths, default=0) - self.prefix_length, 0)
+
+    def reset(self) -> None:
+        self.token_ids = []
+        self.layers = [DynamicLayer() for _ in self.layers]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.token_ids = self.token_ids[: self.get_num_tokens()]
 
     def keep_common_prefix(self, token_ids: list[int]) -> None:
         """Drop everything from the first token on that differs from `token_ids`, and always the last one of them."""
-        length = 0
-        for held, wanted in zip(self.token_ids, token_ids[:-1]):
-            if held != wanted:
-                break
-            length += 1
-        self.crop(length - self.get_num_tokens())
-        self.token_ids = token_ids[:length]
+        pairs = zip(self.token_ids[: self.get_num_tokens()], token_ids[:-1])
+        length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if length == 0:
+            return self.reset()
+        self.token_ids = self.token_ids[:length]
+        for layer in self.layers:
+            layer.keys = layer.keys[..., : self.prefix_length + length, :]
+            layer.values = layer.values[..., : self.prefix_length + length, :]
+
+    @contextmanager
+    def turn(self, model: Any, token_ids: list[int], is_continued: bool) -> Iterator[None]:
+        """Keep what applies to the prompt `token_ids`, and let nobody else write until the answer is there.
+
+        Raises:
+            ValueError: if another answer is being written.
+        """
+        model_state = describe_state(model, model._input_device().type)
+        if not self.lock.acquire(blocking=False):
+            raise ValueError(
+                "`past_key_values` belongs to a call of `chat` or to a stream that has not ended. Wait for the call, "
+                "exhaust or close the stream, or use one cache for each thread."
+            )
+        try:
+            if model_state is None or model_state != self.model_state:
+                self.token_ids = []
+                self.layers = DynamicCache(config=model.config).layers
+                self.prefix_length = model.config.pre_seq_len or 0
+                self.model_state = model_state
+            self.keep_common_prefix(token_ids if is_continued else [])
+            self.token_ids = token_ids
+            yield
+        finally:
+            self.lock.release()
 
 
 class NotANumberCheck(LogitsProcessor):
@@ -88,33 +188,110 @@ class NotANumberCheck(LogitsProcessor):
         return scores
 
 
-class StopEvent(StoppingCriteria):
-    """Stops all rows as soon as an event is set."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        return torch.full(input_ids.shape[:1], self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+class StreamClosed(Exception):
+    """Ends `generate` when nobody waits for more tokens."""
 
 
-class QueueStreamer(BaseStreamer):
-    """Puts new tokens, `[batch]` at a time, into a queue; the prompt, which comes first, is left out."""
+class TokenQueue(BaseStreamer):
+    """A streamer for another thread, which takes new tokens, `[batch]` at a time, without the prompt."""
 
     def __init__(self) -> None:
         self.queue: queue.SimpleQueue[torch.Tensor | BaseException | None] = queue.SimpleQueue()
         self.batch_size: int | None = None
+        self.is_closed = False
 
     def put(self, value: torch.Tensor) -> None:
-        if self.batch_size is None:
-            self.batch_size = value.shape[0]
-            return
-        # Speculative decoding brings several tokens at once.
-        for tokens in value.reshape(self.batch_size, -1).unbind(1):
+        if self.is_closed:
+            raise StreamClosed
+        # The prompt comes first, and speculative decoding brings several tokens at once.
+        for tokens in value.reshape(self.batch_size, -1).unbind(1) if self.batch_size is not None else ():
             self.queue.put(tokens)
+        self.batch_size = value.shape[0] if self.batch_size is None else self.batch_size
 
     def end(self) -> None:
         """The end is marked by the thread, which knows whether it was an error."""
+
+
+# A thread that still computes while the interpreter shuts down would abort the process.
+OPEN_STREAMS: set[tuple[TokenQueue, threading.Thread]] = set()
+
+
+@atexit.register
+def close_open_streams() -> None:
+    """Let every stream finish the token it is at, and no more."""
+    streams = list(OPEN_STREAMS)
+    for tokens, _ in streams:
+        tokens.is_closed = True
+    for _, thread in streams:
+        thread.join()
+
+
+def stream_ids(
+    generate: Callable[..., Any], input_ids: torch.Tensor, cache: Cache | None
+) -> Generator[Any, None, None]:
+    """Run `generate(streamer=...)` in a thread; yield all ids so far, `[batch, seq]`, or pairs of them and the cache."""
+    device_type = input_ids.device.type
+    # These belong to a thread.
+    is_inference, is_autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device_type)
+    autocast = torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), enabled=is_autocast)
+    streamer = TokenQueue()
+
+    def run() -> None:
+        try:
+            with autocast, torch.inference_mode(is_inference):
+                generate(streamer=streamer)
+            streamer.queue.put(None)
+        except BaseException as error:  # Whatever it is belongs to the caller, who waits at the queue.
+            streamer.queue.put(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    OPEN_STREAMS.add((streamer, thread))
+    try:
+        while (tokens := streamer.queue.get()) is not None:
+            if isinstance(tokens, BaseException):
+                raise tokens
+            input_ids = torch.cat([input_ids, tokens.to(input_ids.device)[:, None]], dim=-1)
+            yield input_ids if cache is None else (input_ids, cache)
+    finally:
+        streamer.is_closed = True
+        thread.join()
+        OPEN_STREAMS.discard((streamer, thread))
+
+
+def as_token_ids(value: Any) -> list[int]:
+    """`eos_token_id` in any of its forms, an id or several, of Python, NumPy or torch, as a list."""
+    ids = value.tolist() if hasattr(value, "tolist") else [] if value is None else value
+    try:
+        return [operator.index(token_id) for token_id in (ids if isinstance(ids, (list, tuple, set)) else [ids])]
+    except TypeError:
+        raise TypeError(f"`eos_token_id` must be an id or a list of ids, got {value!r}.") from None
+
+
+def explicit_settings(generation_config: GenerationConfig | None) -> dict[str, Any]:
+    """What a generation config says, as arguments for `generate`, which warns if it gets both."""
+    if generation_config is None:
+        return {}
+    if not isinstance(generation_config, GenerationConfig):
+        raise TypeError(f"`generation_config` must be a GenerationConfig, got {type(generation_config).__name__}.")
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
+    return {name: value for name, value in vars(generation_config).items() if name in known and value is not None}
+
+
+def has_soft_prompt(model: nn.Module) -> bool:
+    """Whether this is PEFT's model with a soft prompt, around one of ours."""
+    return hasattr(type(model), "get_prompt") and isinstance(model.base_model, ChatGLMGenerationMixin)
+
+
+@dataclass
+class Turn:
+    """What `chat` and `stream_chat` need to answer one message; some settings go without writing a cache."""
+
+    messages: list[dict[str, Any]]
+    prompt_ids: list[int]
+    settings: dict[str, Any]
+    cache: ConversationCache | None
+    written_cache: ConversationCache | None
 
 
 class ChatGLMGenerationMixin(GenerationMixin):
@@ -131,28 +308,48 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """Generate as `GenerationMixin.generate` does, after checking the prompt. `temperature=0` decodes greedily.
 
         Raises:
-            ValueError: for ids outside the vocabulary, for a prompt longer than the model's positions, and for
-                scores that are not numbers.
+            ValueError: for an empty prompt, ids outside the vocabulary, a prompt longer than the model's positions, a
+                cache that the settings do not allow for, and for scores that are not numbers.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if input_ids is not None and input_ids.numel() > 0:
+        if input_ids is not None and kwargs.get("inputs_embeds") is None:
             self._check_prompt(input_ids)
-            if kwargs.get("attention_mask") is None and kwargs.get("inputs_embeds") is None:
+            if kwargs.get("attention_mask") is None:
                 # `<unk>` and padding share the id 0, so the library would take an `<unk>` of the prompt for padding.
                 kwargs["attention_mask"] = torch.ones_like(input_ids)
-        generation_config_used = generation_config or self.generation_config
-        if self.config.pre_seq_len is not None:
-            self._check_prefix_support(generation_config_used, kwargs)
+        self._check_cache_settings(generation_config, kwargs)
+        if "eos_token_id" in kwargs:
+            kwargs["eos_token_id"] = as_token_ids(kwargs["eos_token_id"]) or None
+        self._check_chunked_prefill(generation_config, kwargs)
         # CODEPATH: chatglm-6b; the others are causal.
         if self.config.prefix_lm:
-            self._prepare_prefix_lm(generation_config_used, kwargs)
+            kwargs["attention_mask"] = self.as_padding_mask(kwargs.get("attention_mask"))
+            if kwargs.get("inputs_embeds") is None:
+                # Read off the ids at every step; what the tokenizer returned holds for the first one only.
+                kwargs.pop("position_ids", None)
         if kwargs.get("temperature") == 0 or kwargs.get("do_sample") is False:
             # `None` also silences what a generation_config.json says about sampling.
             kwargs.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+        if kwargs.get("max_length") is None and self._setting("max_new_tokens", kwargs, generation_config) is None:
+            kwargs.pop("max_length", None)
         logits_processor = LogitsProcessorList([*(logits_processor or []), NotANumberCheck(self.dtype)])
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
-    def _check_prompt(self, input_ids: torch.LongTensor) -> None:
+    def _setting(self, name: str, kwargs: dict[str, Any], generation_config: GenerationConfig | None = None) -> Any:
+        """A setting as the library finds it: the argument, then the caller's configuration, then the model's."""
+        if name in kwargs:
+            return kwargs[name]
+        value = getattr(generation_config, name, None)
+        return getattr(self.generation_config, name, None) if value is None else value
+
+    def _is_assisted(self, kwargs: dict[str, Any], generation_config: GenerationConfig | None = None) -> bool:
+        names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+        return any(self._setting(name, kwargs, generation_config) not in (None, False) for name in names)
+
+    def _check_prompt(self, input_ids: torch.Tensor) -> None:
+        if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
+            found = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+            raise ValueError(f"The prompt must be a tensor of at least one id, [batch, seq]; got {found}.")
         lowest, highest = input_ids.min().item(), input_ids.max().item()
         if lowest < 0 or highest >= self.config.vocab_size:
             raise ValueError(
@@ -165,22 +362,43 @@ class ChatGLMGenerationMixin(GenerationMixin):
                 "positions of this model (`seq_length` in its config.json). Shorten the history or the query."
             )
 
-    def _check_prefix_support(self, generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
-        chunk_size = kwargs.get("prefill_chunk_size", generation_config.prefill_chunk_size)
-        cache = kwargs.get("past_key_values")
-        if chunk_size is not None and cache is not None and cache.is_initialized:
+    def _check_cache_settings(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+        if not isinstance(cache := kwargs.get("past_key_values"), Cache):
+            return
+        if self._setting("use_cache", kwargs, generation_config) is False:
+            raise ValueError("`past_key_values` cannot be used with `use_cache=False`. Leave one of the two out.")
+        # The library would compute the whole prompt once more and append it to what the cache holds.
+        if self._is_assisted(kwargs, generation_config) and cache.is_initialized and cache.get_seq_length() > 0:
+            raise ValueError(
+                "An assistant or prompt lookup cannot continue `past_key_values` that hold tokens already. Pass an empty "
+                "cache, or leave `past_key_values` or the assistant out."
+            )
+
+    def _check_chunked_prefill(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+        chunk_size, cache = (
+            self._setting("prefill_chunk_size", kwargs, generation_config),
+            kwargs.get("past_key_values"),
+        )
+        # CODEPATH: chatglm-6b; the others are causal.
+        if chunk_size is not None and self.config.prefix_lm:
+            raise ValueError(
+                "`prefill_chunk_size` cannot be used with ChatGLM-6B: its context is bidirectional, so no part of it "
+                "can be computed before the whole is there."
+            )
+        # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
+        if (
+            chunk_size is not None
+            and self.config.pre_seq_len is not None
+            and cache is not None
+            and cache.is_initialized
+        ):
             raise ValueError(
                 f"`prefill_chunk_size={chunk_size}` cannot continue `past_key_values` with a P-tuning prefix "
                 "(`pre_seq_len`), which the library would take for tokens. Leave one of the two out."
             )
 
     def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
+        self, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
         # A private hook (Transformers 5.17 to 5.23), where alone the length of a static cache is known.
         max_cache_length += self.config.pre_seq_len or 0
@@ -192,36 +410,23 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """A mask in the form of the tokenizer as `[batch, seq]`, 1 for real tokens."""
         return attention_mask
 
-    def _prepare_prefix_lm(self, generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
-        kwargs["attention_mask"] = self.as_padding_mask(kwargs.get("attention_mask"))
-        if kwargs.get("inputs_embeds") is None:
-            # Read off the ids at every step; what the tokenizer returned holds for the first one only.
-            kwargs.pop("position_ids", None)
-        if kwargs.get("prefill_chunk_size", generation_config.prefill_chunk_size) is not None:
-            raise ValueError(
-                "`prefill_chunk_size` cannot be used with ChatGLM-6B: its context is bidirectional, so no part of it "
-                "can be computed before the whole is there."
-            )
-
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Continuous batching, for the causal generations; `generate_batch` begins with this.
 
         Raises:
             ValueError: for ChatGLM-6B, whose bidirectional context it would lose, and with a P-tuning prefix.
         """
+        reason = None
         if self.config.pre_seq_len is not None:
+            reason = "a P-tuning prefix (`pre_seq_len`): its paged cache starts every request empty"
+        elif self.config.prefix_lm:
+            reason = "ChatGLM-6B: its paged attention would drop the mask of the bidirectional context silently"
+        if reason is not None:
             raise ValueError(
-                "`generate_batch` cannot be used with a P-tuning prefix (`pre_seq_len`): its paged cache starts every "
-                "request empty. Use `generate` with a padded batch, or `batch_chat`."
-            )
-        if self.config.prefix_lm:
-            raise ValueError(
-                "`generate_batch` cannot be used with ChatGLM-6B: its paged attention would drop the mask of the "
-                "bidirectional context silently. Use `generate` with a padded batch, or `batch_chat`."
+                f"`generate_batch` cannot be used with {reason}. Use `generate` with a padded batch, or `batch_chat`."
             )
         return super().init_continuous_batching(*args, **kwargs)
 
-    @torch.no_grad()
     def chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -240,7 +445,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
             query: the new message.
             history: the conversation so far, pairs of query and answer or message dicts; it is not changed.
             role: who says `query`: `"user"`, `"system"` or `"observation"`.
-            past_key_values: the cache that an earlier turn returned; the same answer comes faster.
+            past_key_values: the cache that an earlier turn returned; the same answer comes faster. Only one call at a
+                time can use it.
             return_past_key_values: return that cache as a third value.
             kwargs: anything `generate` takes. `max_length` counts the prompt; `temperature=0` decodes greedily.
 
@@ -249,22 +455,16 @@ class ChatGLMGenerationMixin(GenerationMixin):
             for ChatGLM2, dicts for ChatGLM3.
 
         Raises:
-            ValueError: for an unknown role, a malformed history, or a prompt that is too long.
+            ValueError: for an unknown role, a malformed history, a prompt that is too long, or a cache in use.
         """
+        cached = (past_key_values, return_past_key_values)
         messages = self._next_messages(query, history, role)
-        prompt_ids = self._encode(tokenizer, messages)
-        cache = self._prepare_cache(past_key_values, return_past_key_values, prompt_ids)
-        kwargs = self._chat_kwargs(tokenizer, kwargs)
-        if cache is not None and (kwargs.get("num_beams") or 1) > 1:
-            raise ValueError("A cache of several beams cannot be kept for the next turn: leave `num_beams` at 1.")
-        input_ids = torch.tensor([prompt_ids], device=self._input_device())
-        output_ids = self.generate(input_ids, past_key_values=cache, **kwargs)[0].tolist()
-        if cache is not None:
-            cache.token_ids = output_ids[: cache.get_num_tokens()]
-        answer = self._read(self._decode(tokenizer, output_ids[len(prompt_ids) :], kwargs["eos_token_id"]), messages)
-        return (*answer, cache) if return_past_key_values else answer
+        turn = self._prepare_turn(tokenizer, messages, cached, kwargs, has_soft_prompt(self))
+        prompt = torch.tensor([turn.prompt_ids], device=self._input_device())
+        outputs = (self.generate(ids, past_key_values=turn.written_cache, **turn.settings) for ids in [prompt])
+        [answer] = self._read_answers(tokenizer, turn, outputs, return_past_key_values)
+        return answer
 
-    @torch.no_grad()
     def stream_chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -275,41 +475,43 @@ class ChatGLMGenerationMixin(GenerationMixin):
         past_key_values: ConversationCache | None = None,
         return_past_key_values: bool = False,
         **kwargs: Any,
-    ) -> Iterator[tuple[Any, ...]]:
+    ) -> Generator[tuple[Any, ...], None, None]:
         """Answer as [`chat`] does, yielding the answer so far after every token.
 
-        The last yield equals what `chat` returns. Closing the iterator stops the work. A returned cache may be
-        handed to the next turn once the iterator has ended.
+        The arguments are read and checked at once; the work begins with the first `next`. The last yield equals what
+        `chat` returns. Closing the iterator stops the work. A returned cache may be handed to the next turn once the
+        iterator has ended.
         """
+        cached = (past_key_values, return_past_key_values)
         messages = self._next_messages(query, history, role)
-        prompt_ids = self._encode(tokenizer, messages)
-        cache = self._prepare_cache(past_key_values, return_past_key_values, prompt_ids)
-        kwargs = self._chat_kwargs(tokenizer, kwargs)
-        stop_ids = kwargs["eos_token_id"]
-        input_ids = torch.tensor([prompt_ids], device=self._input_device())
-        output_ids, shown = prompt_ids, False
-        if cache is not None:
-            cache.is_busy = True
-        try:
-            with closing(self.stream_generate(input_ids, past_key_values=cache, **kwargs)) as stream:
-                for step in stream:
-                    output_ids = step[0].tolist()
-                    new_ids = output_ids[len(prompt_ids) :]
-                    text = self._decode(tokenizer, new_ids, stop_ids)
-                    # Half a character shows as U+FFFD until its last byte arrives.
-                    shown = text != "" and not text.endswith("\ufffd")
-                    if shown:
-                        answer = self._read(text, messages)
-                        yield (*answer, cache) if return_past_key_values else answer
-        finally:
-            if cache is not None:
-                cache.token_ids = output_ids[: cache.get_num_tokens()]
-                cache.is_busy = False
-        if not shown:
-            answer = self._read(self._decode(tokenizer, output_ids[len(prompt_ids) :], stop_ids), messages)
-            yield (*answer, cache) if return_past_key_values else answer
+        turn = self._prepare_turn(tokenizer, messages, cached, kwargs, has_soft_prompt(self))
+        prompt = torch.tensor([turn.prompt_ids], device=self._input_device())
+        outputs = self.stream_generate(prompt, past_key_values=turn.written_cache, **turn.settings)
+        return self._read_answers(tokenizer, turn, outputs, return_past_key_values)
 
-    @torch.no_grad()
+    def _read_answers(
+        self, tokenizer: PreTrainedTokenizerBase, turn: Turn, outputs: Generator[Any, None, None], returns_cache: bool
+    ) -> Generator[tuple[Any, ...], None, None]:
+        """Yield an answer for each output, `[1, prompt + answer]`, and keep the books of the cache."""
+        cache, answer, new_ids = turn.written_cache, None, []
+        is_continued = not self._is_assisted(turn.settings)
+        with nullcontext() if cache is None else cache.turn(self, turn.prompt_ids, is_continued):
+            try:
+                with closing(outputs):
+                    for output_ids in outputs:
+                        new_ids = output_ids[0, len(turn.prompt_ids) :].tolist()
+                        text = self._decode(tokenizer, new_ids, turn.settings["eos_token_id"])
+                        answer = (*self._read(text, turn.messages), *([turn.cache] if returns_cache else []))
+                        # Half a character shows as U+FFFD until its last byte arrives.
+                        if text and not text.endswith("\ufffd"):
+                            yield answer
+                            answer = None
+            finally:
+                if cache is not None:
+                    cache.token_ids = [*turn.prompt_ids, *new_ids][: cache.get_num_tokens()]
+        if answer is not None:
+            yield answer
+
     def batch_chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -332,28 +534,35 @@ class ChatGLMGenerationMixin(GenerationMixin):
         if len(histories) != len(queries):
             raise ValueError(f"Got {len(queries)} queries but {len(histories)} histories; give one for each query.")
         batch = [self._next_messages(query, history, role) for query, history in zip(queries, histories)]
-        prompts = [{"input_ids": self._encode(tokenizer, messages)} for messages in batch]
-        inputs = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(self._input_device())
-        kwargs = self._chat_kwargs(tokenizer, kwargs)
-        output_ids = self.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **kwargs)
-        answers = [
-            self._read(self._decode(tokenizer, new_ids, kwargs["eos_token_id"]), messages)
-            for new_ids, messages in zip(output_ids[:, inputs["input_ids"].shape[1] :].tolist(), batch)
+        prompts = [
+            {"input_ids": tokenizer.encode_conversation(messages, chat_format=self.chat_format)} for messages in batch
         ]
+        inputs = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(self._input_device())
+        prompt_length = inputs["input_ids"].shape[1]
+        settings = self._chat_settings(tokenizer, kwargs, prompt_length)
+        output_ids = self.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **settings)
+        pad_ids = as_token_ids(self._setting("pad_token_id", settings))[:1] if len(queries) > 1 else []
+        answers = []
+        for new_ids, messages in zip(output_ids[:, prompt_length:].tolist(), batch):
+            # A row that a stop string ended has no stop token before its padding.
+            while new_ids and new_ids[-1] in pad_ids:
+                new_ids.pop()
+            answers.append(self._read(self._decode(tokenizer, new_ids, settings["eos_token_id"]), messages))
         return [response for response, _ in answers], [history for _, history in answers]
 
-    @torch.no_grad()
     def stream_generate(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
         return_past_key_values: bool = False,
         **kwargs: Any,
-    ) -> Iterator[torch.LongTensor | tuple[torch.LongTensor, Cache]]:
+    ) -> Generator[Any, None, None]:
         """Generate as `generate` does, yielding all ids so far, `[batch, seq]`, after every token.
+
+        The arguments are checked at once; the work begins with the first `next`.
 
         Args:
             input_ids: the prompt, `[batch, seq]`.
@@ -361,61 +570,23 @@ class ChatGLMGenerationMixin(GenerationMixin):
             kwargs: anything `generate` takes.
 
         Raises:
-            ValueError: for beams, several sequences of one prompt, and a `streamer`, which cannot be streamed.
+            ValueError: for a bad prompt, and for beams, several sequences of one prompt and a `streamer`, which cannot
+                be streamed.
         """
-        self._check_streamable(generation_config or self.generation_config, kwargs)
+        self._check_prompt(input_ids)
+        self._check_streamable(generation_config, kwargs)
+        if return_past_key_values and has_soft_prompt(self):
+            raise ValueError("PEFT keeps the cache of a soft prompt to itself: leave `return_past_key_values` out.")
         if return_past_key_values and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = DynamicCache(config=self.config)
-        stopped = threading.Event()
-        streamer = QueueStreamer()
-        generate_kwargs = {
-            "inputs": input_ids,
-            "generation_config": generation_config,
-            "logits_processor": logits_processor,
-            "stopping_criteria": StoppingCriteriaList([*(stopping_criteria or []), StopEvent(stopped)]),
-            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
-            **kwargs,
-            "streamer": streamer,
-        }
-        modes = self._modes_of_this_thread(input_ids.device.type)
-        thread = threading.Thread(target=self._generate_into, args=(streamer, modes, generate_kwargs), daemon=True)
-        thread.start()
-        try:
-            while (item := streamer.queue.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                input_ids = torch.cat([input_ids, item.to(input_ids.device)[:, None]], dim=-1)
-                yield (input_ids, kwargs["past_key_values"]) if return_past_key_values else input_ids
-        finally:
-            stopped.set()
-            thread.join()
+        arguments = (input_ids, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn)
+        cache = kwargs["past_key_values"] if return_past_key_values else None
+        return stream_ids(partial(self.generate, *arguments, **kwargs), input_ids, cache)
 
-    @staticmethod
-    def _check_streamable(generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    def _check_streamable(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
         for name, allowed in (("streamer", None), ("num_beams", 1), ("num_return_sequences", 1)):
-            value = kwargs.get(name, getattr(generation_config, name, None))
-            if value not in (None, allowed):
+            if (value := self._setting(name, kwargs, generation_config)) not in (None, allowed):
                 raise ValueError(f"`{name}={value!r}` cannot be streamed; use `generate` or `chat`.")
-
-    @staticmethod
-    def _modes_of_this_thread(device_type: str) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """Autocast and inference mode, which belong to a thread, for the one that `generate` is going to run in."""
-        is_autocast = torch.is_autocast_enabled(device_type)
-        autocast = torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), enabled=is_autocast)
-        return autocast, torch.inference_mode(torch.is_inference_mode_enabled())
-
-    def _generate_into(
-        self,
-        streamer: QueueStreamer,
-        modes: tuple[AbstractContextManager, AbstractContextManager],
-        generate_kwargs: dict[str, Any],
-    ) -> None:
-        try:
-            with modes[0], modes[1]:
-                self.generate(**generate_kwargs)
-            streamer.queue.put(None)
-        except BaseException as error:  # Whatever it is belongs to the caller, who waits at the queue.
-            streamer.queue.put(error)
 
     def _input_device(self) -> torch.device:
         # An embedding that is offloaded is on the meta device until it is used; its hook moves the ids.
@@ -432,58 +603,59 @@ class ChatGLMGenerationMixin(GenerationMixin):
         messages = self.chat_format.normalize_messages(history)
         return messages + self.chat_format.normalize_messages([{"role": role, "content": query}])
 
-    def _encode(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
-        return tokenizer.encode_conversation(messages, chat_format=self.chat_format)
-
-    def _prepare_cache(
-        self, past_key_values: ConversationCache | None, is_returned: bool, prompt_ids: list[int]
-    ) -> ConversationCache | None:
-        prefix_encoder = self.base_model.prefix_encoder
-        new_cache = ConversationCache(config=self.config, prefix_encoder=prefix_encoder)
-        if past_key_values is None:
-            return new_cache if is_returned else None
-        if not hasattr(past_key_values, "keep_common_prefix"):
+    def _prepare_turn(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        messages: list[dict[str, Any]],
+        cached: tuple[ConversationCache | None, bool],
+        kwargs: dict[str, Any],
+        has_soft_prompt: bool,
+    ) -> Turn:
+        prompt_ids = tokenizer.encode_conversation(messages, chat_format=self.chat_format)
+        settings = self._chat_settings(tokenizer, kwargs, len(prompt_ids))
+        cache, is_returned = cached
+        if cache is not None and not hasattr(cache, "turn"):
             raise TypeError(
-                "`past_key_values` must be the cache that `chat` or `stream_chat` returned, because it knows which "
-                f"tokens it holds; got {type(past_key_values).__name__}."
+                "`past_key_values` must be the cache that `chat` or `stream_chat` returned, which knows its tokens; "
+                f"got {type(cache).__name__}."
             )
-        if past_key_values.is_busy:
-            raise ValueError("`past_key_values` belongs to a stream that has not ended; exhaust or close it first.")
-        if self.config.prefix_lm or past_key_values.prefix_encoder is not prefix_encoder:
-            # A new question changes what the whole bidirectional context of ChatGLM-6B computes, and another prefix
-            # what everything does.
-            return new_cache
-        past_key_values.keep_common_prefix(prompt_ids)
-        return past_key_values
+        # CODEPATH: chatglm-6b, where a new question changes what the whole bidirectional context computes.
+        if self.config.prefix_lm:
+            cache = None
+        if cache is None and is_returned:
+            cache = ConversationCache(config=self.config)
+        is_unused = has_soft_prompt or self._setting("use_cache", settings) is False or "custom_generate" in settings
+        written_cache = None if is_unused else cache
+        if written_cache is not None and (self._setting("num_beams", settings) or 1) > 1:
+            raise ValueError("A cache of several beams cannot be kept for the next turn: leave `num_beams` at 1.")
+        return Turn(messages, prompt_ids, settings, cache, written_cache)
 
-    def _chat_kwargs(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What `generate` is given: the caller's arguments, then his generation config, then the published defaults."""
-        positions = self.config.max_position_embeddings
+    def _chat_settings(
+        self, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], prompt_length: int
+    ) -> dict[str, Any]:
+        """What `generate` is given: the caller's arguments, then their generation config, then the published defaults."""
+        given = explicit_settings(kwargs.pop("generation_config", None))
+        if kwargs.get("max_length") is not None:
+            given.pop("max_new_tokens", None)
         defaults = {
             "eos_token_id": tokenizer.stop_token_ids(self.chat_format),
             "pad_token_id": tokenizer.pad_token_id,
             "do_sample": True,
             **self.chat_format.chat_defaults,
         }
-        defaults["max_length"] = min(defaults.get("max_length", positions), positions)
-        if (given := kwargs.get("generation_config")) is not None:
-            defaults = {name: value for name, value in defaults.items() if getattr(given, name, None) is None}
-            defaults["eos_token_id"] = given.eos_token_id or tokenizer.stop_token_ids(self.chat_format)
-            if given.max_new_tokens is not None:
-                defaults.pop("max_length", None)
-        kwargs = {**defaults, **kwargs, "tokenizer": tokenizer, "return_dict_in_generate": False}
-        if kwargs.get("max_new_tokens") is not None:
-            kwargs.pop("max_length", None)
-        elif "max_length" in kwargs:
-            # Otherwise a generation_config.json with `max_new_tokens` would win.
-            kwargs["max_new_tokens"] = None
-        if kwargs.get("num_return_sequences", 1) != 1:
-            raise ValueError(
-                f"A conversation has one answer: `num_return_sequences` is {kwargs['num_return_sequences']}."
-            )
-        if isinstance(kwargs["eos_token_id"], int):
-            kwargs["eos_token_id"] = [kwargs["eos_token_id"]]
-        return kwargs
+        positions = self.config.max_position_embeddings
+        published = defaults.pop("max_length", positions)
+        settings = {**defaults, **given, **kwargs, "tokenizer": tokenizer, "return_dict_in_generate": False}
+        settings["eos_token_id"] = as_token_ids(settings["eos_token_id"]) or None
+        # One limit, the other as None: what a generation_config.json says about either has no effect then.
+        if settings.setdefault("max_new_tokens", None) is not None:
+            settings["max_length"] = None
+        elif settings.get("max_length") is None:
+            # The published limit, unless it leaves no room for an answer.
+            settings["max_length"] = min(published, positions) if prompt_length < published else positions
+        if (num_answers := self._setting("num_return_sequences", settings)) not in (None, 1):
+            raise ValueError(f"A conversation has one answer: `num_return_sequences` is {num_answers}.")
+        return settings
 
     def _decode(self, tokenizer: PreTrainedTokenizerBase, new_ids: list[int], stop_ids: list[int] | None) -> str:
         """The text before the first stop token; a batch fills what follows it with padding."""
@@ -493,6 +665,35 @@ class ChatGLMGenerationMixin(GenerationMixin):
     def _read(self, text: str, messages: list[dict[str, Any]]) -> tuple[Any, History]:
         response, new_messages = self.chat_format.read_answer(text, messages)
         return response, self.chat_format.native_history(messages + new_messages)
+
+
+def refuse(message: str, *args: Any, **kwargs: Any) -> None:
+    raise ValueError(message)
+
+
+def give_chat_to_soft_prompts(wrapper: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Give PEFT's model for soft prompts a `chat` of its own.
+
+    PEFT would hand out the method of the model inside, which knows nothing of the soft prompt.
+    """
+    if name != "base_model" or not isinstance(module, ChatGLMGenerationMixin) or not hasattr(wrapper, "get_prompt"):
+        return
+    message = (
+        "`generate_batch` would ignore the soft prompt of PEFT. Use `generate` with a padded batch, or `batch_chat`."
+    )
+    for method in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
+        setattr(wrapper, method, partial(refuse, message))
+    message = (
+        "ChatGLM-6B cannot have a soft prompt of PEFT: its positions are read off the ids, which PEFT replaces by "
+        "embeddings. Use LoRA, or P-tuning v2 (`pre_seq_len`)."
+    )
+    for method in ("chat", "stream_chat", "batch_chat", "stream_generate"):
+        lent = partial(getattr(type(module), method), wrapper)
+        # CODEPATH: chatglm-6b; the others take embeddings as they come.
+        setattr(wrapper, method, partial(refuse, message) if module.config.prefix_lm else lent)
+
+
+register_module_module_registration_hook(give_chat_to_soft_prompts)
 
 
 __all__ = ["ChatGLMGenerationMixin", "ConversationCache"]
