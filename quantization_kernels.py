@@ -21,7 +21,7 @@ What is unusual here:
 - Quantizing divides in float32 and clamps. The published code divides in the dtype of the weight, and in bfloat16 the
   largest weight of a row may then wrap around to the opposite sign.
 - Compilers and autograd see one operator, `torch.ops.chatglm.quantized_linear`, which takes and returns tensors and
-  keeps no state. What runs behind it is chosen at each call, in `multiply`, by device, dtype and number of rows.
+  keeps no state. What runs behind it is chosen here and nowhere else, by device, dtype and number of rows.
 - Some processors want the bytes in another order. `pack_weight` makes that copy, which the caller keeps beside the
   weight and passes along; gradients and `dequantize_weight` read the published bytes.
 """
@@ -32,7 +32,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .quantization_cpu import cpu_quantized_linear, pack_weight_for_cpu
+from .quantization_cpu import (
+    can_pack_int4,
+    find_kernels,
+    multiply_by_kernels,
+    multiply_int8,
+    multiply_many_rows,
+    multiply_packed_int4,
+    pack_group_scales,
+    pack_int4_for_cpu,
+)
 from .quantization_triton import can_use_triton, triton_dequantize, triton_quantized_linear
 
 
@@ -42,6 +51,12 @@ SCALE_FRACTIONS = (1.0, 7 / 8, *(0.6 + 0.02 * step for step in range(20)))
 
 # Weights that are quantized at a time, in elements. A float32 copy of them takes four times as many bytes.
 ELEMENTS_AT_A_TIME = 2**24
+
+# Rows of input up to which a CPU's kernels, or torch's operators, are faster than decoding the weight for a matrix
+# product: their time grows with every row. Measured on an AVX-512 processor with the shapes of ChatGLM3-6B.
+CPU_KERNEL_MAX_ROWS = 64
+CPU_INT8_MAX_ROWS = 16
+CPU_INT4_MAX_ROWS = 40
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
@@ -175,6 +190,40 @@ def stored_form(weight: torch.Tensor, weight_scale: torch.Tensor | None, in_feat
     )
 
 
+def round_to_fixed_point(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 16-bit numbers and scales that stand for an input in the CPU kernels: `number * scale` is nearly `x`.
+
+    Args:
+        x: `[rows, in]`, any float dtype. It is filled up with zeros to whole blocks of 128 columns.
+
+    Returns:
+        Whole numbers from -32767 to 32767 as float32 `[rows, blocks, 128]`, and scales, float32 `[rows, blocks, 1]`.
+        The scale of a block that is not finite is NaN.
+    """
+    blocks = F.pad(x, (0, -x.shape[1] % 128)).float().view(len(x), -1, 128)
+    # The smallest scale is the smallest normal float, whose inverse is still finite.
+    scale = (blocks.abs().amax(-1, keepdim=True) * (1 / 32767)).clamp(min=2.0**-126)
+    is_finite = blocks.isfinite().all(-1, keepdim=True)
+    numbers = torch.where(is_finite, (blocks * (1 / scale)).round(), 0)
+    return numbers, torch.where(is_finite, scale, torch.nan)
+
+
+def multiply_in_fixed_point(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+    """What the CPU kernels compute, in plain torch and without their last rounding.
+
+    Args:
+        x: `[rows, in]`.
+        weight: int8 `[out, in]` or `[out, in / 2]`.
+        weight_scale: `[out]` or `[out, in / group_size]`.
+
+    Returns:
+        `x @ (code * scale)^T`, float64 `[rows, out]`.
+    """
+    numbers, scale = round_to_fixed_point(x)
+    rounded = (numbers.double() * scale).view(len(x), -1)[:, : x.shape[1]]
+    return rounded @ dequantize_weight(weight, weight_scale, x.shape[1], torch.float64).T
+
+
 def pack_weight(
     weight: torch.Tensor, weight_scale: torch.Tensor, in_features: int
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -188,7 +237,11 @@ def pack_weight(
         `packed` and `packed_scales` for [`quantized_linear`], or `None` where nothing is needed. They depend on the
         processor, so they must not be saved, and have to be made again when the weight changes or moves.
     """
-    return pack_weight_for_cpu(weight, weight_scale, in_features) if weight.device.type == "cpu" else None
+    # The kernels for CPUs and GPUs read the published bytes.
+    if not can_pack_int4(weight, in_features) or find_kernels(torch.bfloat16, weight, weight_scale, in_features, 1):
+        return None
+    packed = pack_int4_for_cpu(weight)
+    return packed, pack_group_scales(weight_scale, packed) if weight_scale.ndim == 2 else None
 
 
 class DerivedWeight(NamedTuple):
@@ -227,6 +280,38 @@ def derive_weight(weight: torch.Tensor, weight_scale: torch.Tensor, in_features:
     return None if packed is None else DerivedWeight(weight, weight.data_ptr(), version_of(weight), *packed)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The choice
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def multiply_on_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    packed: torch.Tensor | None,
+    packed_scales: torch.Tensor | None,
+) -> torch.Tensor:
+    """`x @ (code * scale)^T` on a CPU, `[rows, in]` -> `[rows, out]`; float32 is never rounded."""
+    num_rows, in_features = x.shape
+    if x.dtype not in (torch.float16, torch.bfloat16) or num_rows == 0:
+        return multiply_many_rows(x, weight, weight_scale)
+    if packed is None and num_rows <= CPU_KERNEL_MAX_ROWS:
+        kernels = find_kernels(x.dtype, weight, weight_scale, in_features, num_rows)
+        if kernels is not None:
+            return multiply_by_kernels(x, weight, weight_scale, kernels)
+    # CPUs multiply bfloat16 many times faster than float16.
+    compute = x.bfloat16().contiguous()
+    is_int8 = weight.shape[1] == in_features and weight_scale.ndim == 1
+    if packed is not None and num_rows <= CPU_INT4_MAX_ROWS:
+        product = multiply_packed_int4(compute, packed, weight_scale, packed_scales)
+    elif is_int8 and in_features % 32 == 0 and num_rows <= CPU_INT8_MAX_ROWS:
+        product = multiply_int8(compute, weight, weight_scale)
+    else:
+        product = multiply_many_rows(compute, weight, weight_scale)
+    return product.to(x.dtype)
+
+
 def multiply(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -239,7 +324,7 @@ def multiply(
     if can_use_triton(x):
         return triton_quantized_linear(x, weight, weight_scale, bias)
     if x.device.type == "cpu":
-        product = cpu_quantized_linear(x, weight, weight_scale, packed, packed_scales)
+        product = multiply_on_cpu(x, weight, weight_scale, packed, packed_scales)
         return product if bias is None else product.add_(bias.to(product.dtype))
     decoded = dequantize_weight(weight, weight_scale, x.shape[-1], x.dtype)
     return F.linear(x, decoded, None if bias is None else bias.to(x.dtype))
@@ -330,8 +415,10 @@ def quantized_linear(
     Returns:
         `[..., out]` in the dtype of `x`. It has a gradient to `x` and to `bias`, and keeps no activation for it.
     """
-    # Without gradients the operator would add nothing but the time of its dispatch, a tenth of a millisecond.
-    needs_operator = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    # Without gradients the operator would add nothing but the time of its dispatch, a tenth of a millisecond. Tensors of
+    # other classes, such as those that torch traces with, have no memory that a kernel could read.
+    is_plain = type(x) in (torch.Tensor, torch.nn.Parameter)
+    needs_operator = torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain
     run = multiply_operator if needs_operator else multiply
     product = run(x.reshape(-1, x.shape[-1]), weight, weight_scale, bias, packed, packed_scales)
     return product.view(*x.shape[:-1], weight_scale.shape[0])
