@@ -21,8 +21,8 @@ What is unusual here:
 - The kernels round the input to 16-bit fixed point, with one scale for each 128 columns of a row. From there on the
   processor multiplies and adds whole numbers, exactly, until the sums of each 128 columns are scaled in float32.
 - They run in torch's own OpenMP threads, through the OpenMP library that torch has loaded.
-- Without kernels, torch's operators multiply. The one for int8 takes the published codes. The one for int4 wants them in
-  an order that depends on the processor; `pack_int4_for_cpu` makes it from the published bytes, and it is never saved.
+- Without kernels, torch's operators multiply. The one for int8 takes the published codes. The one for int4 wants them
+  in an order that depends on the processor; `pack_int4_for_cpu` makes it, and it is never saved.
 - For many rows of input a part of the weight is decoded at a time, into the processor's cache, and multiplied with.
 """
 
@@ -145,8 +145,7 @@ def decode_rows(rows: torch.Tensor, decoded: torch.Tensor) -> int:
 
     Args:
         rows: int8 `[rows, in]` or `[rows, in / 2]`.
-        decoded: the output, float `[rows, in]`. The columns of int8 `[rows, in / 2]` are written as all even ones, then
-            all odd ones.
+        decoded: the output, float `[rows, in]`. Columns of int4 codes are written as all even ones, then all odd ones.
     """
     if rows.shape[1] == decoded.shape[1]:
         decoded.copy_(rows)
@@ -397,21 +396,22 @@ def plane_columns(bits: int) -> list[int]:
     return [4 * word + column for column in (1, 0, 3, 2) for word in range(32)]
 
 
-class ProductArguments(ctypes.Structure):
-    """What the threads of a product share. Weight, scales, planes and the output are addresses."""
+# What the threads of a product share. Tensors are given by their addresses.
+PRODUCT_ARGUMENTS = (
+    "next_row", "weight", "row_bytes", "weight_scale", "num_groups", "out_features",
+    "planes", "plane_scales", "num_rows", "num_blocks", "output", "first_mask", "second_mask",
+)  # fmt: skip
 
-    _fields_ = [
-        (name, ctypes.c_uint64)
-        for name in "next_row weight row_bytes weight_scale num_groups out_features planes plane_scales num_rows "
-        "num_blocks output first_mask second_mask".split()
-    ]
+
+class ProductArguments(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in PRODUCT_ARGUMENTS]
 
 
 class ProductProgram(Program):
     """A function that multiplies with a few rows of the weight at a time, until the threads have taken all of them.
 
-    Its argument is the address of `ProductArguments`. What would be a row behind the last one is the last one again, and
-    bytes behind the last column are masked: nothing is read that is not the weight's.
+    Its argument is the address of `ProductArguments`. What would be a row behind the last one is the last one again,
+    and bytes behind the last column are masked: nothing is read that is not the weight's.
 
     Args:
         bits: 8 or 4.
@@ -430,8 +430,7 @@ class ProductProgram(Program):
         self.block_bytes = BLOCK_COLUMNS * bits // 8
         (address,) = self.function.args
         self.arguments = {
-            name: self.load(self.sum(address, getattr(ProductArguments, name).offset), INT64)
-            for name, _ in ProductArguments._fields_
+            name: self.load(self.sum(address, 8 * place), INT64) for place, name in enumerate(PRODUCT_ARGUMENTS)
         }
         builder, out_features = self.builder, self.arguments["out_features"]
         take, work, done = (self.function.append_basic_block() for _ in range(3))
@@ -490,10 +489,12 @@ class ProductProgram(Program):
             vectors = [self.load(self.sum(planes, 64 * plane), WORDS) for plane in range(4)]
             scale = self.load(self.sum(arguments["plane_scales"], (place, 4)), FLOAT)
             inputs.append((vectors, self.spread(scale, FLOATS.count)))
-        changed = []
+        changed: list[Any] = []
         for row in rows:
             codes = self.load_codes(row, block, is_last)
-            group_scales = None if self.group_size is None else self.load_group_scales(row, block, is_last)
+            group_scales = None
+            if self.group_size is not None:
+                group_scales = self.load_group_scales(row, block, self.group_size, is_last)
             for vectors, scale in inputs:
                 products = self.constant(0, INTS)
                 for code, vector in zip(codes, vectors):
@@ -530,9 +531,9 @@ class ProductProgram(Program):
         place = self.sum((row, self.arguments["num_groups"]), group)
         return self.sum(self.arguments["weight_scale"], (place, self.scale_dtype.itemsize))
 
-    def load_group_scales(self, row: Any, block: Any, is_last: bool) -> Any:
-        """The scales of 128 columns of int4 codes, float32, one for the eight columns of each of 16 lanes."""
-        num_groups = BLOCK_COLUMNS // self.group_size
+    def load_group_scales(self, row: Any, block: Any, group_size: int, is_last: bool) -> Any:
+        """The scales of 128 columns of int4 codes, in float32: one for each lane, which holds eight columns."""
+        num_groups = BLOCK_COLUMNS // group_size
         first = self.sum((block, num_groups))
         if is_last:
             last = self.sum(self.arguments["num_groups"], -1)
@@ -543,7 +544,7 @@ class ProductProgram(Program):
                 scales = self.builder.insert_element(scales, scale, self.constant(group))
         else:
             scales = self.load_floats(self.scale_address(row, first), self.scale_dtype, num_groups)
-        return self.pick(scales, [8 * lane // self.group_size for lane in range(FLOATS.count)])
+        return self.pick(scales, [8 * lane // group_size for lane in range(FLOATS.count)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -572,7 +573,7 @@ class Kernel:
 
 @cache
 def load_openmp() -> Callable[..., None] | None:
-    """`GOMP_parallel(function, argument, num_threads, flags)` of the OpenMP library that torch uses, if it uses one."""
+    """`GOMP_parallel(function, argument, num_threads, flags)` of the OpenMP library that torch uses, if any."""
     try:
         library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
         parallel = library.GOMP_parallel
@@ -585,7 +586,7 @@ def load_openmp() -> Callable[..., None] | None:
 
 @cache
 def compile_kernel(write: Callable[..., Program], *settings: Any) -> Kernel | None:
-    """`write(*settings)` as machine code, or `None` where that cannot be; with a warning where it should have worked."""
+    """`write(*settings)` as machine code, or `None` where that cannot be: with a warning if it should have worked."""
     if ir is None or load_openmp() is None:
         return None
     try:
@@ -601,7 +602,7 @@ def compile_kernel(write: Callable[..., Program], *settings: Any) -> Kernel | No
 def find_kernels(
     dtype: torch.dtype, weight: torch.Tensor, weight_scale: torch.Tensor, in_features: int, num_rows: int
 ) -> tuple[Kernel, Kernel] | None:
-    """The kernels that round an input of some rows and multiply it with this weight, or `None` where there are none."""
+    """The kernels that round an input of some rows and multiply it with this weight, if there are any."""
     bits = {in_features: 8, in_features / 2: 4}.get(weight.shape[1])
     group_size = None if weight_scale.ndim == 1 else in_features // weight_scale.shape[1]
     shape = (weight.shape[0],) if group_size is None else (weight.shape[0], in_features / group_size)

@@ -197,8 +197,8 @@ def round_to_fixed_point(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x: `[rows, in]`, any float dtype. It is filled up with zeros to whole blocks of 128 columns.
 
     Returns:
-        Whole numbers from -32767 to 32767 as float32 `[rows, blocks, 128]`, and scales, float32 `[rows, blocks, 1]`.
-        The scale of a block that is not finite is NaN.
+        Whole numbers from -32767 to 32767 as float32 `[rows, blocks, 128]`, and float32 scales `[rows, blocks, 1]`. The
+        scale of a block that is not finite is NaN.
     """
     blocks = F.pad(x, (0, -x.shape[1] % 128)).float().view(len(x), -1, 128)
     # The smallest scale is the smallest normal float, whose inverse is still finite.
@@ -302,7 +302,7 @@ def multiply_on_cpu(
             return multiply_by_kernels(x, weight, weight_scale, kernels)
     # CPUs multiply bfloat16 many times faster than float16.
     compute = x.bfloat16().contiguous()
-    is_int8 = weight.shape[1] == in_features and weight_scale.ndim == 1
+    is_int8 = weight.shape[1] == in_features and weight_scale.ndim == 1 and weight.is_contiguous()
     if packed is not None and num_rows <= CPU_INT4_MAX_ROWS:
         product = multiply_packed_int4(compute, packed, weight_scale, packed_scales)
     elif is_int8 and in_features % 32 == 0 and num_rows <= CPU_INT8_MAX_ROWS:
@@ -415,8 +415,8 @@ def quantized_linear(
     Returns:
         `[..., out]` in the dtype of `x`. It has a gradient to `x` and to `bias`, and keeps no activation for it.
     """
-    # Without gradients the operator would add nothing but the time of its dispatch, a tenth of a millisecond. Tensors of
-    # other classes, such as those that torch traces with, have no memory that a kernel could read.
+    # Without gradients the operator would add nothing but the time of its dispatch, a tenth of a millisecond. Tensors
+    # of other classes, such as those that torch traces with, have no memory that a kernel could read.
     is_plain = type(x) in (torch.Tensor, torch.nn.Parameter)
     needs_operator = torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain
     run = multiply_operator if needs_operator else multiply

@@ -191,6 +191,12 @@ def source() -> Iterator[Callable[[str], ModuleType]]:
         del sys.modules[name]
 
 
+@pytest.fixture
+def without_cpu_kernels(source: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that our kernels are not for, where torch's operators multiply with packed weights."""
+    monkeypatch.setattr(source("quantization_cpu"), "compile_kernel", lambda *args: None)
+
+
 @pytest.fixture(scope="session")
 def chatglm(source: Callable[[str], ModuleType]) -> SimpleNamespace:
     """The public classes, imported from the repository."""

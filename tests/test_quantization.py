@@ -778,6 +778,7 @@ def test_autocast(settings: str, make_layer: Callable[..., nn.Module]) -> None:
     assert layer(x).dtype == torch.float32
 
 
+@pytest.mark.usefixtures("without_cpu_kernels")
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_copies_of_a_layer_that_was_used(settings: str, make_layer: Callable[..., nn.Module]) -> None:
     layer, x = make_layer(settings, dtype=torch.bfloat16), torch.randn(3, 64).bfloat16()
@@ -805,6 +806,7 @@ def test_copies_of_a_layer_that_was_used(settings: str, make_layer: Callable[...
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("without_cpu_kernels")
 @pytest.mark.parametrize("settings", ["int4", "groups"])
 def test_packing_leaves_the_published_bytes(settings: str, make_layer: Callable[..., nn.Module]) -> None:
     layer = make_layer(settings, dtype=torch.bfloat16)
@@ -815,6 +817,7 @@ def test_packing_leaves_the_published_bytes(settings: str, make_layer: Callable[
     assert layer.weight.equal(codes) and set(layer.state_dict()) == {"weight", "weight_scale", "bias"}
 
 
+@pytest.mark.usefixtures("without_cpu_kernels")
 @pytest.mark.parametrize(("settings", "in_features"), [("int8", 64), ("int4", 36)])
 def test_what_torch_cannot_take_is_never_packed(
     settings: str, in_features: int, make_layer: Callable[..., nn.Module]
@@ -827,6 +830,7 @@ def test_what_torch_cannot_take_is_never_packed(
     assert_near(out, decoded(layer)(x.float()), 0.01)
 
 
+@pytest.mark.usefixtures("without_cpu_kernels")
 @pytest.mark.parametrize("settings", ["int4", "groups"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_packed_model_gives_the_same(
@@ -847,6 +851,7 @@ def test_a_packed_model_gives_the_same(
     assert_same_state(unpacked, model)
 
 
+@pytest.mark.usefixtures("without_cpu_kernels")
 @pytest.mark.parametrize("settings", ["int4", "groups"])
 def test_training_after_inference(settings: str, make_layer: Callable[..., nn.Module]) -> None:
     layer, twin = make_layer(settings, dtype=torch.bfloat16), make_layer(settings, dtype=torch.bfloat16)
@@ -908,6 +913,7 @@ def test_full_graph_compile_equals_eager(settings: dict[str, Any], make: ModelMa
         torch.testing.assert_close(*grads, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("without_cpu_kernels")
 def test_compiled_after_packing(make_layer: Callable[..., nn.Module]) -> None:
     layer, x = make_layer("groups", dtype=torch.bfloat16), torch.randn(3, 64).bfloat16()
     with torch.no_grad():

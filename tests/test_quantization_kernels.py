@@ -14,12 +14,13 @@
 """Products with quantized weights on a CPU: every way of computing them against the decoded weight in float64."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 
@@ -39,9 +40,9 @@ SHAPES = {
     "groups-128": (33, 256, 128),
     "wide-groups": (1100, 64, 32),
 }
-LAYOUTS = ("int8", "int4", "packed")
-# Layouts that a shape has: torch's operator takes columns in thirty-twos.
-WEIGHTS = [(layout, shape) for layout in LAYOUTS for shape in SHAPES if (layout, shape) != ("packed", "narrow")]
+# "torch" is a processor without kernels of ours, where int4 weights are packed.
+LAYOUTS = ("int8", "int4", "int8-torch", "int4-torch")
+WEIGHTS = [(layout, shape) for layout in LAYOUTS for shape in SHAPES]
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,6 @@ def kernels(source: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def cpu(source: Callable[[str], ModuleType]) -> ModuleType:
-    return source("quantization_cpu")
-
-
-@pytest.fixture(scope="module")
 def pack_int4(source: Callable[[str], ModuleType]) -> Callable[[torch.Tensor], torch.Tensor]:
     return source("quantization").pack_int4
 
@@ -81,19 +77,24 @@ def random_codes(bits: int, *shape: int) -> torch.Tensor:
 
 
 @pytest.fixture
-def make_weight(cpu: ModuleType, pack_int4: Callable) -> Callable[..., Weight]:
+def make_weight(kernels: ModuleType, pack_int4: Callable, request: pytest.FixtureRequest) -> Callable[..., Weight]:
     def make(
         layout: str, shape: str | tuple[int, int, int | None], scale_dtype: torch.dtype = torch.float32
     ) -> Weight:
         out_features, in_features, group_size = SHAPES[shape] if isinstance(shape, str) else shape
-        codes = random_codes(8 if layout == "int8" else 4, out_features, in_features)
+        bits, is_torch = (4 if "int4" in layout else 8), layout.endswith("torch")
+        if is_torch:
+            request.getfixturevalue("without_cpu_kernels")
+        codes = random_codes(bits, out_features, in_features)
         scale = torch.rand(out_features, in_features // group_size if group_size else 1) * 0.02 + 0.01
         scale = scale.to(scale_dtype)
         exact = codes.double() * scale.double().repeat_interleave(group_size or in_features, dim=1)
         scale = scale if group_size else scale[:, 0].contiguous()
-        stored = codes if layout == "int8" else pack_int4(codes)
-        packed = cpu.pack_weight_for_cpu(stored, scale, in_features) if layout == "packed" else ()
-        return Weight(stored, scale, exact, *packed)
+        stored = codes if bits == 8 else pack_int4(codes)
+        packed = kernels.pack_weight(stored, scale, in_features)
+        # torch's operator takes columns in thirty-twos.
+        assert not is_torch or (packed is not None) == (bits == 4 and in_features % 32 == 0)
+        return Weight(stored, scale, exact, *packed or ())
 
     return make
 
@@ -149,7 +150,7 @@ def test_scales_of_any_dtype(
         assert_close_to(kernels.quantized_linear(x, *weight.tensors()), x.double() @ weight.exact.T, LIMITS[dtype])
 
 
-@pytest.mark.parametrize("layout", ["int8", "packed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_scales_of_rows_are_not_rounded_to_bfloat16(
     layout: str, kernels: ModuleType, make_weight: Callable[..., Weight]
 ) -> None:
@@ -219,7 +220,7 @@ def test_gradient_where_only_one_is_wanted(kernels: ModuleType, make_weight: Cal
 
 
 @pytest.mark.parametrize(
-    ("layout", "shape"), [("int8", "odd"), ("int4", "odd"), ("packed", "odd"), ("int4", "groups-32")]
+    ("layout", "shape"), [("int8", "odd"), ("int4", "odd"), ("int4-torch", "odd"), ("int4-torch", "groups-32")]
 )
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_torch_finds_nothing_wrong_with_the_operators(
@@ -248,7 +249,7 @@ def test_compiled_equals_eager_for_any_number_of_rows(
     weight = make_weight(layout, "rows")
 
     def run(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return kernels.quantized_linear(x * 2, weight.codes, weight.scale, bias).relu()
+        return kernels.quantized_linear(x * 2, *weight.tensors(bias)).relu()
 
     num_graphs = 0
 
@@ -290,15 +291,43 @@ def test_bytes_of_int4(kernels: ModuleType, pack_int4: Callable) -> None:
     )
 
 
-def test_large_sums_do_not_overflow_float16(kernels: ModuleType, make_weight: Callable[..., Weight]) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_large_sums_do_not_overflow_float16(
+    layout: str, kernels: ModuleType, make_weight: Callable[..., Weight]
+) -> None:
     """Sums of codes are larger than those of weights; what is large is scaled before it is rounded to float16."""
-    for layout in LAYOUTS:
-        weight = make_weight(layout, "rows")
-        scale = weight.scale * 1e-3
-        for num_rows in (1, 50):
-            x = torch.full((num_rows, 256), 2048.0, dtype=torch.float16)
-            exact = x.double() @ (weight.exact * 1e-3).T
-            assert_close_to(kernels.quantized_linear(x, weight.codes, scale), exact, LIMITS[torch.float16])
+    weight = make_weight(layout, "rows")
+    weight = replace(weight, scale=weight.scale * 1e-3, exact=weight.exact * 1e-3)
+    for num_rows in (1, 80):
+        x = torch.full((num_rows, 256), 2048.0, dtype=torch.float16)
+        exact = x.double() @ weight.exact.T
+        assert_close_to(kernels.quantized_linear(x, *weight.tensors()), exact, LIMITS[torch.float16])
+
+
+@pytest.mark.parametrize("layout", ["int8", "int4"])
+def test_tracing_reads_no_memory(layout: str, kernels: ModuleType, make_weight: Callable[..., Weight]) -> None:
+    """Tensors that torch traces with say that they are on a CPU, and have no values."""
+    weight = make_weight(layout, "rows")
+    arguments = (torch.randn(3, 256).bfloat16(), *weight.tensors())
+    with torch.no_grad():
+        graph = make_fx(kernels.quantized_linear, tracing_mode="symbolic")(*arguments)
+        assert graph(*arguments).equal(kernels.quantized_linear(*arguments))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inference_mode_leaves_nothing_behind(
+    layout: str, kernels: ModuleType, make_weight: Callable[..., Weight]
+) -> None:
+    """What is made there cannot be used in training."""
+    weight = make_weight(layout, "odd")
+    x = torch.randn(3, 96).bfloat16()
+    with torch.inference_mode():
+        inference = kernels.quantized_linear(x, *weight.tensors())
+    x.requires_grad_()
+    product = kernels.quantized_linear(x, *weight.tensors())
+    assert product.equal(inference)
+    product.sum().backward()
+    assert x.grad.isfinite().all()
 
 
 def test_the_kernel_twin_for_other_devices(kernels: ModuleType, make_weight: Callable[..., Weight]) -> None:
