@@ -31,17 +31,15 @@ What is unusual here:
 Nothing here needs torch or transformers.
 """
 
-import ast
 import copy
-import io
 import json
 import re
 import reprlib
-import tokenize
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+from .conversation_calls import call_as_json, call_as_python, parse_tool_call, write_call
 from .conversation_templates import (
     CHATGLM2_TEMPLATE,
     CHATGLM3_RESPONSE_TEMPLATE,
@@ -62,10 +60,6 @@ ROLES = ("system", "user", "assistant", "observation")
 
 # A placeholder the models were trained to write for the date of their training, and what `chat` shows instead.
 TRAINING_TIME = ("[[训练时间]]", "2023年")
-
-# Limits of what is taken for a tool call; anything larger is an answer in plain text.
-MAX_CALL_LENGTH = 100_000
-MAX_CALL_DEPTH = 32
 
 # ChatGLM-6B's ASCII punctuation next to Chinese characters, which its `chat` makes full-width.
 CHINESE_PUNCTUATION = re.compile("(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
@@ -93,7 +87,7 @@ class ConversationFormat:
     """How one generation writes a conversation down and reads an answer back.
 
     Attributes:
-        name: the generation, as `model_version` calls it.
+        name: the generation, such as `"chatglm3"`.
         opening_tokens: the control tokens that every encoding starts with.
         stop_tokens: the tokens that end an answer. The first one also closes an answer that is to be learnt.
         chat_template: the Jinja template that renders a conversation as one string.
@@ -154,7 +148,7 @@ class ConversationFormat:
             tools: descriptions of functions, in OpenAI's form or bare; `None` for no tools.
 
         Raises:
-            TypeError: if `tools` is not a list of dicts.
+            TypeError: if `tools` is not a list of descriptions.
             ValueError: if the system message offers tools already, or the generation knows no tools.
         """
         raise NotImplementedError
@@ -169,7 +163,7 @@ class ConversationFormat:
 
         Raises:
             ValueError: for a conversation that the generation has no form for (ChatGLM-6B and ChatGLM2: tools, roles
-                out of order; GLM-4: tools without a name).
+                out of order; GLM-4: tools without a name), and for half characters.
         """
         raise NotImplementedError
 
@@ -213,7 +207,7 @@ class ConversationFormat:
             arguments: its arguments, as a dict or as the JSON text that OpenAI's API uses.
 
         Raises:
-            ValueError: if the JSON text is not an object, or the generation knows no tools.
+            ValueError: if `parse_tool_call` could not read the call back, or the generation knows no tools.
         """
         raise NotImplementedError
 
@@ -309,7 +303,7 @@ class RoundFormat(ConversationFormat):
         if answer is not None:
             # The published fine-tuning scripts encode the answer to learn on its own, behind the prompt.
             segments += [Segment(answer, False, True), Segment(self.stop_tokens[0], True, True)]
-        return segments
+        return _checked_segments(segments)
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """See `ConversationFormat.prompt_text`: the tokenizer adds the opening of an answer too."""
@@ -357,14 +351,8 @@ class RoleFormat(ConversationFormat):
 
     def write_tool_call(self, name: str, arguments: Mapping[str, Any] | str) -> Message:
         """See `ConversationFormat.write_tool_call`."""
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"The arguments of the tool call {name!r} are not JSON: {error}.") from error
-        if not isinstance(arguments, Mapping):
-            raise ValueError(f"The arguments of the tool call {name!r} must be a dict, got {reprlib.repr(arguments)}.")
-        return {"role": "assistant", "metadata": name, "content": self.call_text(arguments)}
+        content = write_call(name, arguments, self.call_text)
+        return {"role": "assistant", "metadata": name, "content": content}
 
     def segments(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Segment]:
         """See `ConversationFormat.segments`: a role token, metadata with a newline, and content for each message."""
@@ -384,7 +372,7 @@ class RoleFormat(ConversationFormat):
             segments.append(Segment("<|assistant|>", True, was_answer))
         elif was_answer:
             segments.append(Segment(self.stop_tokens[0], True, True))
-        return segments
+        return _checked_segments(segments)
 
     def read_answer(self, text: str, messages: Sequence[Message]) -> tuple[str | dict[str, Any], list[Message]]:
         """See `ConversationFormat.read_answer`: an answer may have several parts, each text or a call."""
@@ -408,37 +396,31 @@ class RoleFormat(ConversationFormat):
         return response, answers
 
 
-def conversation_format(model_version: str) -> ConversationFormat:
+def conversation_format(name: str) -> ConversationFormat:
     """The format of a generation.
 
     Raises:
         ValueError: for a generation that `CONVERSATION_FORMATS` does not hold.
     """
-    if model_version not in CONVERSATION_FORMATS:
-        raise ValueError(f"`model_version` must be one of {tuple(CONVERSATION_FORMATS)}, got {model_version!r}.")
-    return CONVERSATION_FORMATS[model_version]
+    if name not in CONVERSATION_FORMATS:
+        raise ValueError(f"`model_version` must be one of {tuple(CONVERSATION_FORMATS)}, got {name!r}.")
+    return CONVERSATION_FORMATS[name]
 
 
-def parse_tool_call(text: str) -> dict[str, Any] | None:
-    """Read the arguments of a tool call, or return `None` if `text` is not one.
+def check_text(text: str) -> None:
+    """Refuse a text with half a character in it, which has no UTF-8 form and therefore no tokens.
 
-    Args:
-        text: `tool_call(name=literal, ...)` or a JSON object, in a Markdown fence or bare. Python's keywords are fine
-            as names (`from='Paris'`), as schemas have such parameters.
+    Raises:
+        ValueError: with the half character, its place, and what repairs the text.
     """
-    code = text.strip()
-    if code.startswith("```"):
-        code = code.partition("\n")[2].removesuffix("```")
-    if len(code) > MAX_CALL_LENGTH:
-        return None
-    for read in (_read_python_call, json.loads):
-        try:
-            arguments = read(code.strip())
-        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, tokenize.TokenError):
-            continue
-        if isinstance(arguments, dict):
-            return arguments
-    return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"Character {error.start} of a text is {text[error.start]!r}, half of a surrogate pair, which cannot be "
+            f"encoded: {reprlib.repr(text)}. Repair it with text.encode('utf-16', 'surrogatepass').decode('utf-16', "
+            "'replace')."
+        ) from None
 
 
 def openai_tool_calls(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -478,7 +460,14 @@ def _content_text(content: Any, place: str) -> str:
 def _normalize_tools(tools: Any, place: str) -> list[dict[str, Any]]:
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
         raise TypeError(f"{place} must be a list of function descriptions (dicts), got {reprlib.repr(tools)}.")
-    return [copy.deepcopy(dict(tool.get("function", tool))) for tool in tools]
+    functions = [tool.get("function", tool) for tool in tools]
+    for function in functions:
+        if not isinstance(function, Mapping):
+            raise TypeError(
+                f"Each of {place} must describe a function by a dict with its `name` and `parameters`, got "
+                f"{reprlib.repr(function)}."
+            )
+    return [copy.deepcopy(dict(function)) for function in functions]
 
 
 def _tools_as_list(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -494,13 +483,10 @@ def _tools_as_sections(tools: Sequence[Mapping[str, Any]]) -> str:
     return text
 
 
-def _call_as_python(arguments: Mapping[str, Any]) -> str:
-    source = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    return f"```python\ntool_call({source})\n```"
-
-
-def _call_as_json(arguments: Mapping[str, Any]) -> str:
-    return json.dumps(arguments, ensure_ascii=False)
+def _checked_segments(segments: list[Segment]) -> list[Segment]:
+    for segment in segments:
+        check_text(segment.text)
+    return segments
 
 
 def _no_tools(value: Any) -> ValueError:
@@ -531,49 +517,6 @@ def _rounds(messages: Sequence[Message]) -> tuple[str, list[tuple[str, str | Non
 def _pairs(messages: Sequence[Message]) -> list[tuple[Message, Message | None]]:
     answers: list[Message | None] = [*messages[1::2], None]
     return list(zip(messages[::2], answers))
-
-
-def _read_python_call(code: str) -> Any:
-    """Turn `tool_call(name=literal, ...)` into the dict it stands for.
-
-    The source is rewritten, token by token, into the dict display `{'name': literal, ...}`. Only literals pass, and
-    nesting is bounded before Python's own parser sees anything, since deep nesting can exhaust its stack.
-    """
-    layout = (tokenize.NEWLINE, tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-    tokens = [token for token in tokenize.generate_tokens(io.StringIO(code).readline) if token.type not in layout]
-    words = [token.string for token in tokens]
-    if words[:2] != ["tool_call", "("] or words[-1] != ")":
-        raise ValueError("not a call of tool_call")
-    depth = 0
-    display = []
-    for index in range(2, len(words) - 1):
-        kind, word = tokens[index].type, words[index]
-        if depth == 0 and kind == tokenize.NAME and words[index + 1] == "=":
-            word = repr(word)
-        elif depth == 0 and word == "=" and tokens[index - 1].type == tokenize.NAME:
-            word = ":"
-        elif not _is_literal(kind, word, words[index - 1], depth):
-            raise ValueError(f"not a literal: {word}")
-        depth += (word in "([{") - (word in ")]}")
-        if not 0 <= depth <= MAX_CALL_DEPTH:
-            raise ValueError("unbalanced or too deep")
-        display.append(word)
-    return ast.literal_eval("{" + " ".join(display) + "}")
-
-
-def _is_literal(kind: int, word: str, previous: str, depth: int) -> bool:
-    if kind == tokenize.STRING:
-        return word[0] in "'\"" or (word[0] in "rRuU" and word[1] in "'\"")
-    if kind == tokenize.NUMBER:
-        return True
-    if kind == tokenize.NAME:
-        return word in ("True", "False", "None")
-    # A minus must be a sign: chains of operators nest as deeply as brackets do.
-    return (
-        word in ("(", "[", "{", ")", "]", "}", ",")
-        or (word == ":" and depth > 0)
-        or (word == "-" and previous in "=,([{:")
-    )
 
 
 # The formats by name. Another generation is one more entry.
@@ -614,7 +557,7 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             chat_defaults={"top_p": 0.8, "temperature": 0.8},
             tools_prompt=TOOLS_PROMPT,
             tools_text=_tools_as_list,
-            call_text=_call_as_python,
+            call_text=call_as_python,
         ),
         RoleFormat(
             name="glm4",
@@ -626,7 +569,7 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             tools_prompt=GLM4_TOOLS_PROMPT,
             tools_heading=GLM4_TOOLS_HEADING,
             tools_text=_tools_as_sections,
-            call_text=_call_as_json,
+            call_text=call_as_json,
         ),
     )
 }
@@ -640,6 +583,7 @@ __all__ = [
     "RoleFormat",
     "RoundFormat",
     "Segment",
+    "check_text",
     "conversation_format",
     "openai_tool_calls",
     "parse_tool_call",

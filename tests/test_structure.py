@@ -33,7 +33,8 @@ MAX_FUNCTION_LINES = 55
 # Each file that a checkpoint folder gets, and which of the others it may import.
 ARROWS: dict[str, set[str]] = {
     "configuration_chatglm": set(),
-    "conversation_chatglm": {"conversation_templates"},
+    "conversation_chatglm": {"conversation_calls", "conversation_templates"},
+    "conversation_calls": set(),
     "conversation_templates": set(),
     "generation_chatglm": {"conversation_chatglm"},
     "modeling_chatglm": {
