@@ -28,6 +28,7 @@ What is unusual here:
 
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -40,9 +41,9 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import cached_file, logging
 
 from .configuration_chatglm import infer_model_version
-from .conversation_chatglm import ConversationFormat
+from .conversation_chatglm import ConversationFormat, check_text
 from .tokenization_chatglm_6b import ChatGLM6BTokenizer
-from .tokenization_conversation import ConversationTokenizer, Vocabulary, extra_tokens
+from .tokenization_conversation import ConversationTokenizer, Vocabulary, extra_tokens, is_possible_id
 from .tokenization_vocabulary import (
     BYTE_OF_CHARACTER,
     bpe_from_ranks,
@@ -74,12 +75,21 @@ def position_ids_from_mask(attention_mask: Sequence[int]) -> list[int]:
     return [mask * (count - 1) for mask, count in zip(attention_mask, accumulate(attention_mask))]
 
 
-class ChatGLMTokenizersBackend(ConversationTokenizer, TokenizersBackend):
+class DerivedState:
+    """Holds what is made when it is needed, outside `__dict__`, which pickles, copies and fingerprints are taken of."""
+
+    __slots__ = ("_message_tokenizer",)
+
+    _message_tokenizer: Tokenizer | None
+
+
+class ChatGLMTokenizersBackend(ConversationTokenizer, DerivedState, TokenizersBackend):
     """What the tokenizers on the Rust backend share. A class brings what tells its vocabulary from the other's."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
+    extra_special_tokens: list[str]
 
     def __init__(
         self,
@@ -102,7 +112,6 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, TokenizersBackend):
         else:
             model = Tokenizer.from_file(str(tokenizer_file)).model
         self._tokenizer = self._rust_tokenizer(model)
-        self._message_tokenizer: Tokenizer | None = None
         for name, token in self.vocabulary.named_tokens.items():
             kwargs[name] = kwargs.get(name) or token
         kwargs["chat_template"] = kwargs.get("chat_template") or self.chat_format.chat_template
@@ -122,7 +131,11 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, TokenizersBackend):
         return kwargs
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_message_tokenizer": None}
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._message_tokenizer = None
 
     @property
     def tokenizer(self) -> "PieceTokenizer":
@@ -151,8 +164,8 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, TokenizersBackend):
         Returns:
             How many were new.
         """
-        tokens = new_tokens if isinstance(new_tokens, (list, tuple)) else [new_tokens]
-        tokens = [token for token in tokens if str(token) not in self._control_flags()]
+        given = [new_tokens] if isinstance(new_tokens, (str, AddedToken)) else new_tokens
+        tokens = [token for token in given if str(token) not in self._control_flags()]
         for token in tokens:
             is_special = special_tokens or getattr(token, "special", False)
             if is_special and str(token) not in self.all_special_tokens:
@@ -171,13 +184,24 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, TokenizersBackend):
             if return_tensors is not None or "overflow_to_sample_mapping" in encoded:
                 return encoded
             return BatchEncoding({key: value[0] for key, value in encoded.items()}, encoded.encodings)
-        encoded = super().__call__(text, text_pair, *args, return_tensors=return_tensors, **kwargs)
+        try:
+            encoded = super().__call__(text, text_pair, *args, return_tensors=return_tensors, **kwargs)
+        except (TypeError, UnicodeEncodeError):
+            # Rust takes half a character for something that is no text.
+            for given in (text, text_pair, *args, *kwargs.values()):
+                _check_texts(given)
+            raise
         if "position_ids" in self.model_input_names and "position_ids" not in encoded and encoded.encodings:
             positions = [position_ids_from_mask(encoding.attention_mask) for encoding in encoded.encodings]
             is_batch = return_tensors is not None or isinstance(next(iter(encoded["input_ids"]), None), list)
             columns = {"position_ids": positions if is_batch else positions[0]}
             encoded.update(BatchEncoding(columns, tensor_type=return_tensors))
         return encoded
+
+    def tokenize(self, text: str, pair: str | None = None, **kwargs: Any) -> list[str]:
+        """Cut a text into the names of tokens."""
+        _check_texts((text, pair))
+        return super().tokenize(text, pair, **kwargs)
 
     def train_new_from_iterator(self, *args: Any, **kwargs: Any) -> "ChatGLMTokenizersBackend":
         """Train another vocabulary, as the library does; `tokenizer.json` is then the only file that has it."""
@@ -233,12 +257,12 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, TokenizersBackend):
 
     def _control_ids(self, chat_format: ConversationFormat) -> dict[str, int]:
         tokens = self.vocabularies[chat_format.name].control_tokens
-        first = self._tokenizer.token_to_id(tokens[0])
+        first: int = self.convert_tokens_to_ids(tokens[0])
         return {token: first + index for index, token in enumerate(tokens)}
 
     def _special_ids(self, chat_format: ConversationFormat) -> dict[str, int]:
-        pair_token = self.vocabulary.pair_token
-        return {**self._control_ids(chat_format), pair_token: self._tokenizer.token_to_id(pair_token)}
+        pair_token = self.vocabularies[chat_format.name].pair_token
+        return {**self._control_ids(chat_format), pair_token: self.convert_tokens_to_ids(pair_token)}
 
     def _control_flags(self) -> dict[str, bool]:
         """The special tokens of the published vocabulary, and whether they are kept out of text."""
@@ -301,7 +325,7 @@ class ChatGLMTokenizer(ChatGLMTokenizersBackend):
             training scripts; the content of messages stays text.
 
     Raises:
-        ValueError: if there is no vocabulary file, or an unknown `model_version`.
+        ValueError: if there is no vocabulary file, or it is another generation's.
     """
 
     vocabularies: Mapping[str, Vocabulary] = {
@@ -323,13 +347,11 @@ class ChatGLMTokenizer(ChatGLMTokenizersBackend):
         self,
         vocab_file: str | None = None,
         tokenizer_file: str | None = None,
-        model_version: str | None = None,
-        encode_special_tokens: bool = False,
         **kwargs: Any,
     ) -> None:
         # Earlier versions of the library saved `False`, which was of no consequence for the published class.
         kwargs["split_special_tokens"] = True
-        super().__init__(vocab_file, tokenizer_file, model_version, encode_special_tokens, **kwargs)
+        super().__init__(vocab_file, tokenizer_file, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
@@ -354,13 +376,13 @@ class ChatGLMTokenizer(ChatGLMTokenizersBackend):
         return ChatGLM6BTokenizer.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
-    def _find_format(cls, model_version: str | None, vocab_file: str) -> ConversationFormat:
+    def _find_format(cls, name: str | None, vocab_file: str) -> ConversationFormat:
         """What the settings say, then the config.json beside the vocabulary, then the last one, with a warning."""
         config = Path(vocab_file).with_name("config.json")
-        if model_version is None and config.is_file():
-            model_version = infer_model_version(json.loads(config.read_text(encoding="utf-8")))
-        chat_format = super()._find_format(model_version, vocab_file)
-        if model_version is None:
+        if name is None and config.is_file():
+            name = infer_model_version(json.loads(config.read_text(encoding="utf-8")))
+        chat_format = super()._find_format(name, vocab_file)
+        if name is None:
             logger.warning_once(
                 f"Nothing beside the tokenizer tells ChatGLM2 from ChatGLM3, so {chat_format.name} is assumed. "
                 'Set `"model_version": "chatglm2"` or `"chatglm3"` in tokenizer_config.json to settle it.'
@@ -382,7 +404,7 @@ class ChatGLMTokenizer(ChatGLMTokenizersBackend):
         for index in token_ids:
             text = special_texts.get(index)
             if text is None:
-                piece = self._tokenizer.id_to_token(index) if index >= 0 else None
+                piece = self._tokenizer.id_to_token(index) if is_possible_id(index) else None
                 if piece and (match := BYTE_PIECE.fullmatch(piece)):
                     chunks.append(bytes.fromhex(match[1]))
                 elif piece:
@@ -445,7 +467,7 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
         for index in token_ids:
             text = special_texts.get(index)
             if text is None:
-                token = (self._tokenizer.id_to_token(index) or "") if index >= 0 else ""
+                token = (self._tokenizer.id_to_token(index) or "") if is_possible_id(index) else ""
                 chunks.append(token.translate(BYTE_OF_CHARACTER).encode("latin-1"))
             else:
                 chunks.append(text.encode())
@@ -480,6 +502,14 @@ class PieceTokenizer:
         return first + self._owner.encode(text, add_special_tokens=False) + last
 
 
+def _check_texts(given: Any) -> None:
+    if isinstance(given, str):
+        check_text(given)
+    elif isinstance(given, (list, tuple)):
+        for item in given:
+            _check_texts(item)
+
+
 def _added_token(token: str | AddedToken, special: bool) -> AddedToken:
     token = AddedToken(token) if isinstance(token, str) else token
     return AddedToken(
@@ -496,6 +526,10 @@ def _added_token(token: str | AddedToken, special: bool) -> AddedToken:
 
 # The published files name this module for ChatGLM-6B too, and `save_pretrained` writes and copies what a class names.
 ChatGLM6BTokenizer.__module__ = __name__
+
+# The library loads this file without making it an attribute of its package. `datasets` looks for the classes there to
+# take a fingerprint of a tokenizer, and where they are missing it pickles whole classes until Python's stack is full.
+setattr(sys.modules[__package__], __name__.rpartition(".")[2], sys.modules[__name__])
 
 
 __all__ = ["ChatGLM4Tokenizer", "ChatGLM6BTokenizer", "ChatGLMTokenizer"]

@@ -36,7 +36,7 @@ from tokenizers import AddedToken
 from transformers.tokenization_python import PythonBackend
 from transformers.tokenization_utils_base import BatchEncoding, PaddingStrategy
 
-from .conversation_chatglm import ConversationFormat
+from .conversation_chatglm import ConversationFormat, check_text
 from .tokenization_conversation import ConversationTokenizer, Vocabulary, extra_tokens
 
 
@@ -166,7 +166,9 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
     ) -> list[int]:
         """Mark what `build_inputs_with_special_tokens` adds, or the special tokens among ids that have them."""
         if already_has_special_tokens:
-            return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
+            # `all_special_ids` lacks `[gMASK]`, as published.
+            special_ids = {*self.all_special_ids, *self._control_ids(self.chat_format).values(), self.end_token_id}
+            return [int(index in special_ids) for index in token_ids_0]
         mask = [0] * len(token_ids_0) + [1, 1]
         return mask if token_ids_1 is None else [*mask, *([0] * len(token_ids_1)), 1]
 
@@ -426,6 +428,7 @@ class SPTokenizer:
     @staticmethod
     def _rewrite(text: str) -> str:
         """SentencePiece drops white space at the ends and in runs, so pieces of their own stand for it."""
+        check_text(text)
         text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
         return BLANKS.sub(lambda match: f"<|blank_{len(match[0])}|>", text)
 

@@ -32,6 +32,10 @@ from transformers.utils import get_json_schema, to_py_obj
 from .conversation_chatglm import CONVERSATION_FORMATS, ConversationFormat, Message, Segment, conversation_format
 
 
+# Rust counts ids with 32 bits.
+LAST_ID = 2**32 - 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
     """What a generation adds to its vocabulary file.
@@ -219,10 +223,8 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
             raise ValueError(f"A conversation is a list with at least one message, got {conversation!r}.")
         chat_format = self._known_format(chat_format)
         is_batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
-        if isinstance(tools, (list, tuple)):
-            tools = [tool if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools]
         chats = [
-            chat_format.add_tools(chat_format.normalize_messages(getattr(chat, "messages", chat)), tools or None)
+            _checked_chat(getattr(chat, "messages", chat), tools, chat_format, **kwargs)
             for chat in (conversation if is_batched else [conversation])
         ]
         if not tokenize:
@@ -252,17 +254,11 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         columns: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
         for chat in chats:
             ids, mask = self.encode_conversation_with_mask(chat, add_generation_prompt, chat_format)
-            kept = range(len(ids))
             if continue_final_message:
-                if add_generation_prompt or chat[-1]["role"] != "assistant":
-                    raise ValueError(
-                        "`continue_final_message` leaves an answer at the end open: it needs a last message of the "
-                        "assistant, and no `add_generation_prompt`."
-                    )
-                kept = kept[:-1]
+                ids.pop()
+            kept = list(range(len(ids)))
             if truncation and truncation != "do_not_truncate":
-                limit = self.model_max_length if max_length is None else max_length
-                kept = self._kept_positions(ids[: len(kept)], limit)
+                kept = self._kept_positions(ids, self.model_max_length if max_length is None else max_length)
             columns["input_ids"].append([ids[index] for index in kept])
             columns["assistant_masks"].append([mask[index] for index in kept])
         if not return_assistant_tokens_mask:
@@ -319,15 +315,15 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         return chat_format
 
     @classmethod
-    def _find_format(cls, model_version: str | None, vocab_file: str) -> ConversationFormat:
-        """The format that `model_version` names; where it is absent, that of the last of the `vocabularies`."""
-        model_version = model_version or list(cls.vocabularies)[-1]
-        if model_version not in cls.vocabularies:
+    def _find_format(cls, name: str | None, vocab_file: str) -> ConversationFormat:
+        """The format of a generation; where none is named, that of the last of the `vocabularies`."""
+        name = name or list(cls.vocabularies)[-1]
+        if name not in cls.vocabularies:
             raise ValueError(
                 f"{vocab_file} is a vocabulary of {' or '.join(cls.vocabularies)}, but `model_version` says "
-                f"{model_version!r}. Correct it in tokenizer_config.json or config.json."
+                f"{name!r}. Correct it in tokenizer_config.json or config.json."
             )
-        return conversation_format(model_version)
+        return conversation_format(name)
 
     def decode(
         self,
@@ -359,8 +355,12 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
 
     def convert_ids_to_tokens(self, ids: int | list[int], skip_special_tokens: bool = False) -> str | list[str]:
         """Turn ids into the names of tokens; ids that are not in the vocabulary have the name `""`, as published."""
-        tokens = super().convert_ids_to_tokens(ids, skip_special_tokens)
-        return (tokens or "") if isinstance(ids, int) else [token or "" for token in tokens]
+        ids = to_py_obj(ids)
+        if isinstance(ids, int):
+            return super().convert_ids_to_tokens(ids) or "" if is_possible_id(ids) else ""
+        # Rust refuses what is no 32-bit number; the last of them stands for it, which no vocabulary reaches.
+        possible = [index if is_possible_id(index) else LAST_ID for index in ids]
+        return [token or "" for token in super().convert_ids_to_tokens(possible, skip_special_tokens)]
 
     def encode(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> list[int]:
         """Encode one text or pair into ids; see `__call__`."""
@@ -411,10 +411,37 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         raise NotImplementedError
 
 
+def is_possible_id(index: int) -> bool:
+    """Whether the Rust backend takes a number for an id at all."""
+    return 0 <= index <= LAST_ID
+
+
+def _checked_chat(
+    messages: Any,
+    tools: Sequence[dict[str, Any] | Callable] | None,
+    chat_format: ConversationFormat,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool | str = False,
+    **kwargs: Any,
+) -> list[Message]:
+    """Normalized messages with the tools among them, which have a form in this generation."""
+    if isinstance(tools, (list, tuple)):
+        tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools]
+    chat = chat_format.add_tools(chat_format.normalize_messages(messages), tools or None)
+    # A template leaves out what it does not know. The segments, which ids are made of, refuse it.
+    chat_format.segments(chat, add_generation_prompt)
+    if continue_final_message and (add_generation_prompt or chat[-1]["role"] != "assistant"):
+        raise ValueError(
+            "`continue_final_message` leaves an answer at the end open: it needs a last message of the assistant, and "
+            "no `add_generation_prompt`."
+        )
+    return chat
+
+
 def extra_tokens(kwargs: dict[str, Any]) -> list[str]:
     """The special tokens in what any version of the library saved; taken out of `kwargs`."""
     saved = [*(kwargs.pop("extra_special_tokens", None) or ()), *(kwargs.pop("additional_special_tokens", None) or ())]
     return [token["content"] if isinstance(token, dict) else str(token) for token in saved]
 
 
-__all__ = ["ConversationTokenizer", "Vocabulary", "extra_tokens"]
+__all__ = ["ConversationTokenizer", "Vocabulary", "extra_tokens", "is_possible_id"]

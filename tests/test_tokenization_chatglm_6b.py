@@ -446,7 +446,8 @@ def test_every_form_of_a_call(tokenizer: PreTrainedTokenizerBase) -> None:
         SOP,
         EOP,
     ]
-    assert tokenizer.get_special_tokens_mask([5, GMASK, SOP], already_has_special_tokens=True) == [0, 0, 1]
+    marked = [GMASK, SOP, EOP, MASK, PAD, 2]
+    assert tokenizer.get_special_tokens_mask([5, *marked], already_has_special_tokens=True) == [0, *([1] * 6)]
     assert tokenizer("ab c", text_target="ab c")["labels"] == ids
     assert len(tokenizer(["ab c"] * 3, ["d"] * 3, padding=True, return_tensors="pt")["position_ids"]) == 3
     alone = tokenizer("ab c", add_special_tokens=False, return_tensors="pt")

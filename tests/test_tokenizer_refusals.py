@@ -1,0 +1,132 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a tokenizer refuses: the same for text and for ids, with the value and the remedy; and ids of any size."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from generations import GENERATION_CASES
+
+
+pytestmark = pytest.mark.floor
+
+WEATHER = {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}
+USER = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+def call(**arguments: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
+# Conversations and tools, most of which one generation or another has no form for; the first six need tools.
+CONVERSATIONS: dict[str, tuple[list[Any], Any]] = {
+    "tools": ([USER], [WEATHER]),
+    "tools of the system message": ([{"role": "system", "content": "s", "tools": [WEATHER]}, USER], None),
+    "a tool call": ([USER, call(a=1), {"role": "tool", "content": "1"}], None),
+    "a tool call and text": ([USER, {**call(a=1), "content": "a"}], None),
+    "metadata": ([USER, {**ANSWER, "metadata": "f"}], None),
+    "an observation": ([USER, {"role": "observation", "content": "o"}], None),
+    "two questions": ([USER, USER], None),
+    "an answer first": ([ANSWER], None),
+    "a question": ([USER], None),
+    "an answer": ([USER, ANSWER], None),
+    "no messages": ([], None),
+    "a tool without a name": ([USER], [{"parameters": {}}]),
+    "a tool that is a word": ([USER], [{"function": "f"}]),
+    "a list of words": ([USER], ["f"]),
+    "an argument that is no name": ([USER, call(**{"a-b": 1})], None),
+    "an argument that is no number": ([USER, call(a=float("nan"))], None),
+    "half a character": ([{"role": "user", "content": "a\ud800"}], None),
+    "half a character in a tool": ([USER], [{"name": "f", "description": "\ud800"}]),
+    "half a character in metadata": ([USER, {**ANSWER, "metadata": "\udfff"}], None),
+}
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_text_is_refused_where_ids_are(case_tokenizer: Callable[[str], Any], name: str, conversation: str) -> None:
+    messages, tools = CONVERSATIONS[conversation]
+    for options in ({}, {"add_generation_prompt": True}, {"continue_final_message": True}):
+        outcomes = []
+        for tokenize in (True, False):
+            try:
+                case_tokenizer(name).apply_chat_template(messages, tools=tools, tokenize=tokenize, **options)
+                outcomes.append("")
+            except (TypeError, ValueError) as error:
+                outcomes.append(f"{type(error).__name__}: {error}")
+        assert outcomes[0] == outcomes[1], options
+
+
+@pytest.mark.parametrize("name", ["chatglm1", "chatglm2"])
+@pytest.mark.parametrize("conversation", list(CONVERSATIONS)[:6])
+def test_a_text_of_rounds_loses_no_tools(case_tokenizer: Callable[[str], Any], name: str, conversation: str) -> None:
+    messages, tools = CONVERSATIONS[conversation]
+    with pytest.raises(ValueError, match="knows no tools"):
+        case_tokenizer(name).apply_chat_template(messages, tools=tools, tokenize=False)
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+def test_half_a_character_is_named_wherever_it_comes_in(case_tokenizer: Callable[[str], Any], name: str) -> None:
+    tokenizer = case_tokenizer(name)
+    half = "\ud800ab"
+    for encode in (
+        lambda: tokenizer(half),
+        lambda: tokenizer(["a", half], padding=True),
+        lambda: tokenizer("a", half),
+        lambda: tokenizer("a", text_target=half),
+        lambda: tokenizer.encode(half),
+        lambda: tokenizer.tokenize(half),
+        lambda: tokenizer.build_chat_input("a", [(half, "b")]),
+        lambda: tokenizer.build_prompt(half),
+    ):
+        with pytest.raises(
+            ValueError, match=r"Character \d+ of a text is '\\ud800', half of a surrogate .* Repair it"
+        ):
+            encode()
+    # The remedy that the message names.
+    assert "\ud83d\ude00\ud800".encode("utf-16", "surrogatepass").decode("utf-16", "replace") == "😀\ufffd"
+
+
+@pytest.mark.parametrize("name", ["chatglm3", "glm4"])
+def test_a_tool_without_a_description_is_named(case_tokenizer: Callable[[str], Any], name: str) -> None:
+    tokenizer = case_tokenizer(name)
+    for tools in ([{"function": "f"}], [{"type": "function", "function": ["f"]}]):
+        system = {"role": "system", "content": "s", "tools": tools}
+        for messages, options in (([USER], {"tools": tools}), ([system, USER], {})):
+            with pytest.raises(TypeError, match=r"must describe a function by a dict with its `name`.*got \[?'f'"):
+                tokenizer.apply_chat_template(messages, **options)
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+def test_ids_of_any_size_give_nothing(case_tokenizer: Callable[[str], Any], name: str) -> None:
+    tokenizer = case_tokenizer(name)
+    ids = tokenizer.encode("ab", add_special_tokens=False)
+    for index in (-1, -(2**70), 2**31, 2**32 - 1, 2**32, 2**40, 2**70):
+        assert tokenizer.convert_ids_to_tokens(index) == ""
+        assert tokenizer.convert_ids_to_tokens([index, *ids]) == ["", *tokenizer.convert_ids_to_tokens(ids)]
+        assert tokenizer.convert_ids_to_tokens([index], skip_special_tokens=True) == [""]
+        assert tokenizer.decode(index) == tokenizer.decode([index], skip_special_tokens=True) == ""
+        assert tokenizer.decode([*ids, index]) == "ab"
+        assert tokenizer.batch_decode([[index], ids]) == ["", "ab"]
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+def test_special_tokens_are_marked_where_they_stand(case_tokenizer: Callable[[str], Any], name: str) -> None:
+    tokenizer = case_tokenizer(name)
+    encoded = tokenizer("ab", return_special_tokens_mask=True)
+    again = tokenizer.get_special_tokens_mask(encoded["input_ids"], already_has_special_tokens=True)
+    assert again == encoded["special_tokens_mask"]
+    assert sum(again) == 2
