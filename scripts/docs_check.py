@@ -47,7 +47,7 @@ RUN_LANGUAGES = ("bash", "python")
 # Shown as they are.
 DATA_LANGUAGES = ("json", "mermaid", "text", "yaml")
 NEEDS = re.compile(r"<!-- needs: (.+) -->")
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,8 @@ def _run(command: list[str], folder: Path) -> str | None:
         "PATH": os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", "")]),
         "HF_MODULES_CACHE": str(folder.parent / "modules"),
         "HF_HUB_OFFLINE": "1",
+        # There is a page for each processor, and more threads than processors wait for each other.
+        "OMP_NUM_THREADS": "1",
     }
     try:
         done = subprocess.run(
