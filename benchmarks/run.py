@@ -27,10 +27,10 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 # One layer at the width of ChatGLM3-6B, a few rounds.
 QUICK = {
-    "decode": ["--layers=1", "--tokens=8", "--rounds=2"],
+    "decode": ["--layers=1", "--tokens=4", "--rounds=2"],
     "finetune": ["--layers=1", "--length=16", "--rounds=1"],
     "prefill_memory": ["--lengths", "2048", "4096"],
-    "quantized": ["--layers=1", "--rows", "1", "16", "--prompt=64", "--tokens=8", "--rounds=2"],
+    "quantized": ["--layers=1", "--rows=1", "--prompt=32", "--tokens=4", "--rounds=1"],
 }
 
 
