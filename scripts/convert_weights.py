@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from folder_switch import Change, UpgradeError, read_json
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -89,8 +90,11 @@ def convert(weights: dict[str, torch.Tensor], max_shard_size: str, change: Chang
     for name, keys in tqdm(split.filename_to_tensors.items(), desc="converting", disable=None):
         # Copies, because the format cannot hold tensors that share memory.
         shard = {key: weights[key].detach().clone(memory_format=torch.contiguous_format) for key in keys}
-        save_file(shard, change.staged(name), metadata={"format": "pt"})
-        hashes[name] = change.add(name)
+        try:
+            save_file(shard, change.staged(name), metadata={"format": "pt"})
+        except SafetensorError as error:  # The disk is full, for example.
+            raise UpgradeError(f"{name} cannot be written: {error}") from error
+        hashes[name] = change.sync(name)
         stored = load_file(change.staged(name))
         for key, tensor in shard.items():
             copy = stored[key]

@@ -13,14 +13,14 @@
 # limitations under the License.
 """Changes several files of a folder together, so that a killed run never leaves a mixture that loads.
 
-Every new file is first written beside its place, as `NAME.chatglm_new`. Then a journal of bare file names says which
-file moves where, and each move is one `os.replace`. A run that is killed before the journal stands has changed nothing
-that anybody reads; after that, whoever comes next carries out the rest of the journal (`recover`).
+Every new file is first written beside its place, as `NAME.chatglm_new`. Then a journal appears, which holds the bare
+names of the files that have to go. A run that is killed before that has changed nothing that anybody reads; after it,
+whoever comes next goes on (`recover`): each new file takes its place by one `os.replace`, and the others go.
 
-While files move, the two through which every load goes hold a single `raise`, which tells the user to run the command
-again: they get it first, and their own content last. That is enough, for the files are small and few programs load
-them in those milliseconds. To change all of them in one instant would take symbolic links, which Windows and some
-network drives lack.
+While that happens, the two files through which every load goes hold a single `raise`, which tells the user to run the
+command again: they get it first, and their own content last. That is enough, for only small files change and few
+programs load them in those milliseconds. To change all of them in one instant would take symbolic links, which Windows
+and some network drives lack.
 
 A journal may come with a downloaded folder, so its names are checked: nothing outside the folder is touched, and of a
 link the link itself is replaced, never what it leads to.
@@ -45,7 +45,7 @@ except ImportError:  # Windows: nothing keeps a second run out there.
 JOURNAL = "chatglm_upgrade_journal.json"
 STAGED = ".chatglm_new"
 # The names that an upgrade gives.
-OWN_NAME = re.compile(r"[\w.-]+\.(py|json|safetensors)(\.bak(\.\d+)?)?(\.guard)?(\.chatglm_new)?")
+OWN_NAME = re.compile(r"[\w.-]+\.(py|json|safetensors)(\.bak(\.\d+)?)?")
 GUARDED = ("tokenization_chatglm.py", "configuration_chatglm.py")
 GUARD = (
     b'raise RuntimeError("The upgrade of this checkpoint folder was cut short: run upgrade_checkpoint.py on it again, '
@@ -97,26 +97,23 @@ class Change:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # Names in the folder: which file takes the place of which; `None` removes the other.
-        self.steps: list[tuple[str | None, str]] = []
+        self.removed: list[str] = []
 
     def staged(self, name: str) -> Path:
         """Where the new content of a file is written."""
         return self.folder / f"{name}{STAGED}"
 
-    def add(self, name: str) -> str:
-        """Take in the file that has been written to `staged(name)`, and return its SHA-256."""
+    def sync(self, name: str) -> str:
+        """Have what has been written to `staged(name)` on the disk, and return its SHA-256."""
         with open(self.staged(name), "rb+") as file:
             os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256")
-        self.steps.append((self.staged(name).name, name))
-        return digest.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def write(self, name: str, content: bytes) -> str:
         """Add or replace a file, with the mode of the old one, and return the SHA-256 of the content."""
         with open(self.staged(name), "xb") as file:
             file.write(content)
-        digest = self.add(name)
+        digest = self.sync(name)
         if (self.folder / name).exists():
             shutil.copymode(self.folder / name, self.staged(name))
         return digest
@@ -125,14 +122,12 @@ class Change:
         """Add or replace a file by a copy of another, with its mode and times; a link becomes a link if possible."""
         try:
             os.symlink(os.readlink(self.folder / source), self.staged(name))
-            self.steps.append((self.staged(name).name, name))
         except OSError:  # It is no link, or none can be made.
             self.write(name, (self.folder / source).read_bytes())
             shutil.copystat(self.folder / source, self.staged(name))
 
-    def move(self, source: str | None, name: str) -> None:
-        """Let one file take the place of another; `None` removes that one."""
-        self.steps.append((source, name))
+    def remove(self, name: str) -> None:
+        self.removed.append(name)
 
     def __enter__(self) -> "Change":
         return self
@@ -140,65 +135,58 @@ class Change:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             if kind is None:
-                self._write_journal()
+                for name in GUARDED:
+                    is_changed = name in self.removed or os.path.lexists(self.staged(name))
+                    if not is_changed and os.path.lexists(self.folder / name):
+                        self.copy(name, name)
+                self.write(JOURNAL, json.dumps({"remove": self.removed}).encode())
+                os.replace(self.staged(JOURNAL), self.folder / JOURNAL)
         finally:
             recover(self.folder)
 
-    def _write_journal(self) -> None:
-        for name in GUARDED:
-            if all(target != name for _, target in self.steps):
-                if os.path.lexists(self.folder / name):
-                    self.copy(name, name)
-                else:
-                    self.move(None, name)
-        last = sorted((step for step in self.steps if step[1] in GUARDED), key=lambda step: GUARDED.index(step[1]))
-        others = [step for step in self.steps if step not in last]
-        for name in GUARDED:
-            self.write(f"{name}.guard", GUARD)
-        guards = [(f"{name}.guard{STAGED}", name) for name in reversed(GUARDED)]
-        self.write(JOURNAL, json.dumps({"steps": [*guards, *others, *last]}).encode())
-        os.replace(self.staged(JOURNAL), self.folder / JOURNAL)
-
 
 def recover(folder: Path) -> str | None:
-    """Finish what the journal says, if there is one, and remove what else a killed run has left.
+    """Finish a change that stands in the journal, or remove what is left of one that does not.
 
     Returns:
         What was done, or `None` if there was nothing to do.
     """
-    done = None
-    for source, target in _read_journal(folder):
-        done = "finished what a killed run had begun"
-        if source is None:
-            (folder / target).unlink(missing_ok=True)
-        elif os.path.lexists(folder / source):
-            os.replace(folder / source, folder / target)
-    (folder / JOURNAL).unlink(missing_ok=True)
-    for path in _leftovers(folder):
-        done = done or "removed what a killed run had left"
-        path.unlink()
-    return done
+    staged = {path.name.removesuffix(STAGED): path for path in _staged_files(folder)}
+    if not os.path.lexists(folder / JOURNAL):
+        for path in staged.values():
+            path.unlink()
+        return "removed what a killed run had left" if staged else None
+    removed = [name for name in _read_journal(folder) if os.path.lexists(folder / name)]
+    for name in reversed(GUARDED):
+        if name in staged or name in removed:
+            guard = folder / "chatglm_upgrade_guard.py"
+            guard.unlink(missing_ok=True)
+            with open(guard, "xb") as file:
+                file.write(GUARD)
+            os.replace(guard, folder / name)
+    for name in sorted([*staged, *removed], key=lambda name: GUARDED.index(name) if name in GUARDED else -1):
+        if name in staged:
+            os.replace(staged[name], folder / name)
+        else:
+            (folder / name).unlink()
+    (folder / JOURNAL).unlink()
+    return "finished what a killed run had begun"
 
 
 def is_pending(folder: Path) -> bool:
     """Whether a killed run has left something to finish or to remove."""
-    return os.path.lexists(folder / JOURNAL) or bool(_leftovers(folder))
+    return os.path.lexists(folder / JOURNAL) or bool(_staged_files(folder))
 
 
-def _leftovers(folder: Path) -> list[Path]:
+def _staged_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"*{STAGED}") if path.is_symlink() or not path.is_dir())
 
 
-def _read_journal(folder: Path) -> list[tuple[str | None, str]]:
-    if not os.path.lexists(folder / JOURNAL):
-        return []
-    try:
-        steps = [(source, target) for source, target in read_json(folder / JOURNAL)["steps"]]
-        if not all(OWN_NAME.fullmatch(name) for step in steps for name in step if name is not None):
-            raise ValueError(steps)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UpgradeError(f"{folder / JOURNAL} is not what an upgrade wrote; nothing was done. Delete it.") from error
-    return steps
+def _read_journal(folder: Path) -> list[str]:
+    names = read_json(folder / JOURNAL).get("remove")
+    if not isinstance(names, list) or not all(isinstance(name, str) and OWN_NAME.fullmatch(name) for name in names):
+        raise UpgradeError(f"{folder / JOURNAL} is not what an upgrade wrote; nothing was done. Delete it.")
+    return names
 
 
 __all__ = ["OWN_NAME", "STAGED", "Change", "UpgradeError", "is_pending", "lock", "read_json", "recover"]

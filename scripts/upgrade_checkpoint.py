@@ -100,10 +100,9 @@ def describe_code(folder: Path) -> str:
     own, held = code_version(CODE), code_version(folder)
     if held in ("", own):
         return f"version {own} of the code"
-    order = [[int(part) for part in version.split(".")] for version in (held, own)]
-    return (
-        f"version {own} of the code; the folder holds {'an older' if order[0] < order[1] else 'a newer'} one, {held}"
-    )
+    numbers = [[int(part) for part in version.split(".")] for version in (held, own)]
+    order = "an older" if numbers[0] < numbers[1] else "a newer"
+    return f"version {own} of the code; the folder holds {order} one, {held}"
 
 
 def new_contents(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -121,11 +120,12 @@ def new_contents(checkpoint: Checkpoint) -> dict[str, bytes]:
         new |= {"model_version": checkpoint.generation, "auto_map": auto_map}
         if new != old:
             contents[name] = to_json(new)
-    return {name: content for name, content in contents.items() if not has_content(checkpoint.folder / name, content)}
-
-
-def has_content(path: Path, content: bytes) -> bool:
-    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
+    present = {path.name: path for path in checkpoint.folder.iterdir() if path.name in contents and path.is_file()}
+    return {
+        name: content
+        for name, content in contents.items()
+        if name not in present or present[name].read_bytes() != content
+    }
 
 
 def generation_config(checkpoint: Checkpoint, tokenizer: Any) -> bytes:
@@ -200,11 +200,7 @@ def print_plan(folder: Path, contents: Mapping[str, bytes], has_weights: bool) -
 
 
 def apply_upgrade(
-    folder: Path,
-    contents: Mapping[str, bytes],
-    backups: Mapping[str, str],
-    weights: dict[str, Any],
-    max_shard_size: str,
+    folder: Path, contents: Mapping[str, bytes], backups: Mapping[str, str], weights: dict[str, Any], shard_size: str
 ) -> None:
     """Write everything, and note for `--undo` what was there before the first upgrade."""
     records, sources = read_manifest(folder)
@@ -215,7 +211,7 @@ def apply_upgrade(
         if weights:
             from convert_weights import bin_files, convert
 
-            hashes |= convert(weights, max_shard_size, change)
+            hashes |= convert(weights, shard_size, change)
             sources = {path.name: path.stat().st_size for path in bin_files(folder)[0]}
         for name, digest in hashes.items():
             old = backups.get(name)
@@ -229,8 +225,7 @@ def apply_upgrade(
 def upgrade(folder: Path, args: argparse.Namespace) -> None:
     """Plan, try, and unless it is a dry run, do."""
     checkpoint = recognise(folder, args.model_version)
-    bits = checkpoint.config.get("quantization_bit")
-    print(f"{folder}: {checkpoint.generation}{f', int{bits} weights' if bits else ''} (by {checkpoint.reason})")
+    print(f"{folder}: {checkpoint.generation} (by {checkpoint.reason})")
     print(f"This is {describe_code(folder)}.")
     contents = new_contents(checkpoint)
     weights = weights_to_convert(folder) if args.safetensors else {}
@@ -246,7 +241,7 @@ def upgrade(folder: Path, args: argparse.Namespace) -> None:
         except UpgradeError as error:
             if not args.force:
                 raise UpgradeError(
-                    f"{error} Nothing was changed; --force upgrades the folder all the same."
+                    f"{error}. Nothing was changed; --force upgrades the folder all the same."
                 ) from error
             found = f"--force: {error}"
     if not (contents or weights):
@@ -277,9 +272,8 @@ def undo(folder: Path, dry_run: bool) -> None:
     records, sources = read_manifest(folder)
     if not records:
         raise UpgradeError(f"{folder} has no {MANIFEST}: there is no upgrade to undo.")
-    changed = {
-        name for name, record in records.items() if os.path.lexists(folder / name) and not is_ours(folder, record)
-    }
+    present = [name for name in records if os.path.lexists(folder / name)]
+    changed = {name for name in present if not is_ours(folder, records[name])}
     sizes = {name: (folder / name).stat().st_size for name in sources if (folder / name).is_file()}
     weights = {name for name in records if ".safetensors" in name}
     kept = {}
@@ -301,8 +295,10 @@ def undo(folder: Path, dry_run: bool) -> None:
         for name, copy in kept.items():
             change.copy(name, copy)
         for name, record in records.items():
-            change.move(record["backup"], name)
-        change.move(None, MANIFEST)
+            if record["backup"]:
+                change.copy(record["backup"], name)
+            change.remove(record["backup"] or name)
+        change.remove(MANIFEST)
     print("Undone.")
 
 
