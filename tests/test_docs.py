@@ -17,6 +17,7 @@
 some of them runs on all generations, and the rest is read.
 """
 
+import ast
 import re
 import sys
 import tomllib
@@ -129,6 +130,29 @@ def test_links_lead_somewhere(name: str) -> None:
         target = (REPOSITORY / name).parent / path if path else REPOSITORY / name
         assert target.exists(), link
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+# What docs/troubleshooting.md quotes of this repository's own messages.
+OWN_MESSAGES = (
+    "These ChatGLM files need Transformers 5.17 or newer",
+    "Nothing beside the tokenizer tells ChatGLM2 from ChatGLM3",
+    "of this checkpoint holds",
+    "The upgrade of this checkpoint folder was cut short",
+    "The model's scores are not numbers while computing in",
+    "positions of this model",
+    "must be the cache that chat or stream_chat returned",
+    "adapts a quantized layer, and integers cannot hold what the adapter adds",
+)
+
+
+def test_own_messages_are_quoted_as_they_are() -> None:
+    sources = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("scripts/*.py")]
+    trees = [ast.parse(source.read_text(encoding="utf-8")) for source in sources]
+    nodes = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    texts = [node.decode(errors="replace") if isinstance(node, bytes) else str(node) for node in nodes]
+    for message in OWN_MESSAGES:
+        assert message in read("docs/troubleshooting.md")
+        assert any(message in text.replace("`", "") for text in texts), message
 
 
 def test_one_version_everywhere() -> None:
