@@ -105,8 +105,8 @@ def write_call(name: str, arguments: Any, call_text: Callable[[Mapping[str, Any]
     if parse_tool_call(text) != values:
         raise ValueError(
             f"The tool call {name!r} could not be read back as it is written. A call has at most {MAX_CALL_LENGTH} "
-            f"characters and {MAX_CALL_DEPTH} levels of nesting, numbers have at most {MAX_NUMBER_LENGTH} digits, and "
-            f"texts hold no half characters: {reprlib.repr(values)}."
+            f"characters and {MAX_CALL_DEPTH} levels of nesting, a number at most {MAX_NUMBER_LENGTH} digits, and no "
+            f"text holds half of a surrogate pair: {reprlib.repr(values)}."
         )
     return text
 

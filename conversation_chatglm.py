@@ -21,8 +21,8 @@ What is unusual here:
 - A conversation is not one string. The published code tokenizes every piece of text on its own (a role token, then
   `metadata` and a newline, then the content), and each piece starts with SentencePiece's leading space. So a
   conversation is a list of `Segment`s here, and the tokenizer encodes one after the other.
-- ChatGLM-6B reads everything before its answer in both directions, so only the last answer of a conversation can be
-  learnt. ChatGLM2 can learn all of them.
+- ChatGLM-6B reads everything before its answer in both directions, so training can use only the last answer of a
+  conversation. The other generations learn from all of them.
 - An answer of ChatGLM3 or GLM-4 starts with its `metadata`: empty for text, else the name of the tool it calls. A call
   is Python source, `tool_call(name=value, ...)`, or JSON. It is read as literals and never evaluated.
 - Messages come in three forms (pairs, the published dicts, OpenAI's dicts). `normalize_messages` turns them into the
@@ -72,7 +72,7 @@ class Segment(NamedTuple):
     Attributes:
         text: the text, or the name of one special token.
         is_special: whether `text` names a special token.
-        is_answer: whether the piece counts for the loss: what the model has to write, closing token included.
+        is_answer: whether the model learns to write the piece; true for the token that closes an answer, too.
         answer_spans: `(start, end)` of the answers inside `text`, for a text that holds several turns (ChatGLM2).
     """
 
@@ -89,7 +89,7 @@ class ConversationFormat:
     Attributes:
         name: the generation, such as `"chatglm3"`.
         opening_tokens: the control tokens that every encoding starts with.
-        stop_tokens: the tokens that end an answer. The first one also closes an answer that is to be learnt.
+        stop_tokens: the tokens that end an answer. The first one closes the last answer of a conversation in training.
         chat_template: the Jinja template that renders a conversation as one string.
         response_template: how the library's `parse_response` reads an answer; `None` where an answer is plain text.
         chat_defaults: the published defaults of `chat`, as arguments of `generate`. `max_length` counts the prompt.
@@ -159,11 +159,11 @@ class ConversationFormat:
         Args:
             messages: what `normalize_messages` returns.
             add_generation_prompt: end with what asks for an answer. Otherwise an answer at the end is closed by the
-                end token of the generation.
+                first of the `stop_tokens`.
 
         Raises:
             ValueError: for a conversation that the generation has no form for (ChatGLM-6B and ChatGLM2: tools, roles
-                out of order; GLM-4: tools without a name), and for half characters.
+                out of order; GLM-4: tools without a name), and for text that `check_text` refuses.
         """
         raise NotImplementedError
 
@@ -227,11 +227,13 @@ class ConversationFormat:
             raise TypeError(f"The metadata of {place} must be a string, got {reprlib.repr(normalized['metadata'])}.")
         if role == "system" and "tools" in normalized:
             normalized["tools"] = _normalize_tools(normalized["tools"], f"`tools` of {place}")
-        calls = message.get("tool_calls") if role == "assistant" else None
+        calls = message.get("tool_calls")
         if not calls:
             return [normalized]
         if not isinstance(calls, (list, tuple)):
             raise TypeError(f"`tool_calls` of {place} must be a list, got {reprlib.repr(calls)}.")
+        if role != "assistant":
+            raise ValueError(f"{place} has `tool_calls` and the role {role!r}; only the assistant calls tools.")
         written = [normalized] if normalized["content"] else []
         for call in calls:
             function = call.get("function", call) if isinstance(call, Mapping) else {}
@@ -280,6 +282,7 @@ class RoundFormat(ConversationFormat):
         text = f"{system}{self.newline}" if system else ""
         spans = []
         for number, (question, answer) in enumerate(rounds, start=self.first_round):
+            # CODEPATH: chatglm asks its first question as it is; chatglm2 numbers it too.
             if len(rounds) == 1 and not self.numbers_single_round:
                 text += question
                 continue
@@ -295,13 +298,14 @@ class RoundFormat(ConversationFormat):
                 "The conversation ends with an answer, so there is nothing to answer: end it with a user message, or "
                 "pass add_generation_prompt=False."
             )
+        # CODEPATH: chatglm2; chatglm sees the answers in its context from both sides.
         segments = [Segment(text, False, False, tuple(spans) if self.learns_every_answer else ())]
         if answer is not None or add_generation_prompt:
             segments += [Segment(token, True) for token in self.answer_opening[:-1]]
             # The published fine-tuning script of ChatGLM-6B makes the model learn `<sop>` as well.
             segments += [Segment(token, True, answer is not None) for token in self.answer_opening[-1:]]
         if answer is not None:
-            # The published fine-tuning scripts encode the answer to learn on its own, behind the prompt.
+            # The published fine-tuning scripts encode the prompt and the last answer separately.
             segments += [Segment(answer, False, True), Segment(self.stop_tokens[0], True, True)]
         return _checked_segments(segments)
 
@@ -312,6 +316,7 @@ class RoundFormat(ConversationFormat):
     def read_answer(self, text: str, messages: Sequence[Message]) -> tuple[str | dict[str, Any], list[Message]]:
         """See `ConversationFormat.read_answer`: an answer is text."""
         response = text.strip().replace(*TRAINING_TIME)
+        # CODEPATH: chatglm mixes the punctuation of two scripts; chatglm2 does not.
         if self.widens_punctuation:
             response = CHINESE_PUNCTUATION.sub(lambda match: FULL_WIDTH[match[0]], response)
         return response, [{"role": "assistant", "content": response}]
@@ -408,7 +413,7 @@ def conversation_format(name: str) -> ConversationFormat:
 
 
 def check_text(text: str) -> None:
-    """Refuse a text with half a character in it, which has no UTF-8 form and therefore no tokens.
+    """Refuse a text with half of a surrogate pair in it, which has no UTF-8 form and therefore no tokens.
 
     Raises:
         ValueError: with the half character, its place, and what repairs the text.
@@ -424,7 +429,9 @@ def check_text(text: str) -> None:
 
 
 def openai_tool_calls(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The tool calls in assistant messages, in OpenAI's form (arguments as a dict); calls that do not parse are not.
+    """The tool calls in assistant messages, in OpenAI's form with the arguments as a dict.
+
+    Messages that `parse_tool_call` cannot read are left out.
 
     Args:
         messages: assistant messages, such as `read_answer` returns.
@@ -467,6 +474,10 @@ def _normalize_tools(tools: Any, place: str) -> list[dict[str, Any]]:
                 f"Each of {place} must describe a function by a dict with its `name` and `parameters`, got "
                 f"{reprlib.repr(function)}."
             )
+        try:
+            json.dumps(dict(function))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(f"{place} must hold JSON values ({error}), got {reprlib.repr(function)}.") from error
     return [copy.deepcopy(dict(function)) for function in functions]
 
 
@@ -500,9 +511,11 @@ def _rounds(messages: Sequence[Message]) -> tuple[str, list[tuple[str, str | Non
     """Split a conversation without roles into the system text and `(question, answer)` rounds, the last maybe open."""
     messages = list(messages)
     system = messages.pop(0) if messages and messages[0]["role"] == "system" else {"content": ""}
+    if "tools" in system or system.get("metadata"):
+        raise _no_tools(system)
     for index, message in enumerate(messages):
-        if message["role"] not in ("user", "assistant") or message.get("metadata") or "tools" in system:
-            raise _no_tools(message if "tools" not in system else system)
+        if message["role"] not in ("user", "assistant") or message.get("metadata"):
+            raise _no_tools(message)
         expected = ("user", "assistant")[index % 2]
         if message["role"] != expected:
             raise ValueError(

@@ -43,7 +43,7 @@ from transformers.utils import cached_file, logging
 from .configuration_chatglm import infer_model_version
 from .conversation_chatglm import ConversationFormat, check_text
 from .tokenization_chatglm_6b import ChatGLM6BTokenizer
-from .tokenization_conversation import ConversationTokenizer, Vocabulary, extra_tokens, is_possible_id
+from .tokenization_conversation import ConversationTokenizer, Vocabulary, is_possible_id, take_extra_tokens
 from .tokenization_vocabulary import (
     BYTE_OF_CHARACTER,
     bpe_from_ranks,
@@ -84,7 +84,7 @@ class DerivedState:
 
 
 class ChatGLMTokenizersBackend(ConversationTokenizer, DerivedState, TokenizersBackend):
-    """What the tokenizers on the Rust backend share. A class brings what tells its vocabulary from the other's."""
+    """What the tokenizers on the Rust backend share. A class adds how its `tokenizer.model` is read and decoded."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
@@ -120,7 +120,7 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, DerivedState, TokenizersBa
             vocab_file=vocab_file,
             model_version=self.chat_format.name,
             encode_special_tokens=encode_special_tokens,
-            extra_special_tokens=extra_tokens(kwargs),
+            extra_special_tokens=take_extra_tokens(kwargs),
             **kwargs,
         )
         self._register_control_tokens()
@@ -165,7 +165,7 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, DerivedState, TokenizersBa
             How many were new.
         """
         given = [new_tokens] if isinstance(new_tokens, (str, AddedToken)) else new_tokens
-        tokens = [token for token in given if str(token) not in self._control_flags()]
+        tokens = [token for token in given if str(token) not in self._tokens_kept_from_text()]
         for token in tokens:
             is_special = special_tokens or getattr(token, "special", False)
             if is_special and str(token) not in self.all_special_tokens:
@@ -264,7 +264,7 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, DerivedState, TokenizersBa
         pair_token = self.vocabularies[chat_format.name].pair_token
         return {**self._control_ids(chat_format), pair_token: self.convert_tokens_to_ids(pair_token)}
 
-    def _control_flags(self) -> dict[str, bool]:
+    def _tokens_kept_from_text(self) -> dict[str, bool]:
         """The special tokens of the published vocabulary, and whether they are kept out of text."""
         vocabulary = self.vocabulary
         readable = vocabulary.trainer_tokens if self.encode_special_tokens else ()
@@ -272,7 +272,7 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, DerivedState, TokenizersBa
         return {token: token not in readable for token in tokens}
 
     def _register_control_tokens(self) -> None:
-        tokens = [_added_token(token, special) for token, special in self._control_flags().items()]
+        tokens = [_added_token(token, special) for token, special in self._tokens_kept_from_text().items()]
         self._tokenizer.add_tokens(tokens)
         control_tokens = self.vocabulary.control_tokens
         # `add_special_tokens` replaces this list by default, but these tokens do not go away.
@@ -283,7 +283,7 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, DerivedState, TokenizersBa
         """A Rust tokenizer for the text of messages. It shares the vocabulary, but none of the per-call settings."""
         tokenizer = self._message_tokenizer
         if tokenizer is None:
-            special = {*self.all_special_tokens, *self._control_flags()}
+            special = {*self.all_special_tokens, *self._tokens_kept_from_text()}
             added_tokens = [token for _, token in sorted(self.added_tokens_decoder.items())]
             tokenizer = self._rust_tokenizer(self._tokenizer.model)
             tokenizer.add_tokens([_added_token(token, token.content in special) for token in added_tokens])
@@ -349,7 +349,7 @@ class ChatGLMTokenizer(ChatGLMTokenizersBackend):
         tokenizer_file: str | None = None,
         **kwargs: Any,
     ) -> None:
-        # Earlier versions of the library saved `False`, which was of no consequence for the published class.
+        # Earlier versions of the library saved `False`, which the published class ignored.
         kwargs["split_special_tokens"] = True
         super().__init__(vocab_file, tokenizer_file, **kwargs)
 
@@ -408,7 +408,7 @@ class ChatGLMTokenizer(ChatGLMTokenizersBackend):
                 if piece and (match := BYTE_PIECE.fullmatch(piece)):
                     chunks.append(bytes.fromhex(match[1]))
                 elif piece:
-                    # The space that SentencePiece puts before a text goes again.
+                    # Drop the space that SentencePiece puts before a text.
                     chunks.append((piece if chunks else piece.removeprefix("▁")).replace("▁", " ").encode())
             elif text:
                 chunks.append(text.encode())
@@ -477,7 +477,7 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
 class PieceTokenizer:
     """What published code finds as `tokenizer.tokenizer`: the vocabulary, where nothing is added to a text.
 
-    All else is the tokenizer's own, because libraries take the attribute `tokenizer` of a processor for the tokenizer.
+    Everything else is passed on to the tokenizer, because libraries take an attribute of this name for the tokenizer.
     """
 
     def __init__(self, owner: ChatGLMTokenizersBackend) -> None:
@@ -518,7 +518,7 @@ def _added_token(token: str | AddedToken, special: bool) -> AddedToken:
         single_word=token.single_word or token.content in ("sop", "eop"),
         lstrip=token.lstrip,
         rstrip=token.rstrip,
-        # A normalized one would begin with SentencePiece's leading space, and be found where a word begins only.
+        # A normalized one would begin with SentencePiece's leading space, and be found only where a word begins.
         normalized=False,
         special=special,
     )

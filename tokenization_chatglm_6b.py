@@ -37,7 +37,7 @@ from transformers.tokenization_python import PythonBackend
 from transformers.tokenization_utils_base import BatchEncoding, PaddingStrategy
 
 from .conversation_chatglm import ConversationFormat, check_text
-from .tokenization_conversation import ConversationTokenizer, Vocabulary, extra_tokens
+from .tokenization_conversation import ConversationTokenizer, Vocabulary, take_extra_tokens
 
 
 # Image tokens before the text of ChatGLM-6B's first vocabulary (150528 ids), whose files do not say how many there are.
@@ -103,20 +103,21 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
         self.sp_tokenizer = SPTokenizer(vocab_file, num_image_tokens)
         self.do_lower_case = do_lower_case
         self.remove_space = remove_space
-        # The library takes every other argument that is named a token for a special one, and searches text for it.
+        # The library takes every other argument whose name ends in `_token` for a special token, and looks for that
+        # token in text.
         names = {name: kwargs.pop(name) for name in ("gmask_token", "end_token", "eop_token") if name in kwargs}
         names |= kwargs.pop("model_specific_special_tokens", None) or {}
         self.gmask_token = str(names.get("gmask_token", "[gMASK]"))
         self.end_token = str(names.get("end_token", "</s>"))
-        # The first files call `</s>` the end of a sequence, and name apart what ends an answer.
+        # The first published files call `</s>` the eos token, and have `eop_token` for the end of an answer.
         kwargs["eos_token"] = names.get("eop_token") or kwargs.get("eos_token")
         for name, token in self.vocabulary.named_tokens.items():
             kwargs[name] = str(kwargs.get(name) or token)
         kwargs["added_tokens_decoder"] = (kwargs.get("added_tokens_decoder") or {}) | self._searched_tokens(kwargs)
         kwargs["chat_template"] = kwargs.get("chat_template") or self.chat_format.chat_template
-        # The published class decodes with what was the library's default.
+        # The published class relies on what was the library's default then.
         kwargs.setdefault("clean_up_tokenization_spaces", True)
-        super().__init__(extra_special_tokens=extra_tokens(kwargs), **kwargs)
+        super().__init__(extra_special_tokens=take_extra_tokens(kwargs), **kwargs)
         saved = ("model_version", "num_image_tokens", "gmask_token", "end_token", "do_lower_case", "remove_space")
         self.init_kwargs |= {name: getattr(self, name) for name in saved}
 
@@ -176,7 +177,7 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
         """Pad as the library does. Attention masks of one or two dimensions are extended, and made where none are."""
         if isinstance(encoded_inputs, (list, tuple)) and encoded_inputs:
             encoded_inputs = {key: [example[key] for example in encoded_inputs] for key in encoded_inputs[0]}
-        # The library sets masks of two dimensions aside, unpadded, if they come in a list.
+        # The library would leave masks of two dimensions unpadded if they came in a list.
         tuples = {key: tuple(value) for key, value in encoded_inputs.items() if key == "attention_mask"}
         return super().pad({**encoded_inputs, **tuples}, *args, **kwargs)
 
@@ -203,8 +204,8 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
         return_attention_mask: bool | None = None,
         **kwargs: Any,
     ) -> BatchEncoding:
-        # A private hook (Transformers 5.17 to 5.23): the public call has no say once a default mask is made. That mask
-        # grows with the square of a text, so lists that nothing pads come without one, as published.
+        # A private hook (Transformers 5.17 to 5.23), because the public call is too late to leave out a default mask.
+        # The mask grows with the square of a text's length, so lists without padding come without it, as published.
         if return_attention_mask is None:
             return_attention_mask = return_tensors is not None or padding_strategy != PaddingStrategy.DO_NOT_PAD
         return super()._encode_plus(
@@ -262,7 +263,7 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
         return blocked
 
     def _positions(self, ids: Sequence[int], mask: Any) -> np.ndarray:
-        """The position of each token, constant from `<sop>` on, and below it the position behind the context."""
+        """The two rows of positions: in the context, constant from `<sop>` on; and in the answer, 0 before it."""
         positions = np.zeros((2, len(ids)), dtype=np.int64)
         if mask is not None and np.ndim(mask) > 1:
             mask = ~np.asarray(mask, dtype=bool).reshape(len(ids), len(ids)).all(axis=0)
@@ -270,7 +271,7 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
         ids = list(ids[start:end])
         context = self._context_length(ids)
         positions[0, start:end] = np.arange(len(ids))
-        # With both in a text, `[MASK]` gives the position here, and `[gMASK]` in the model, as published.
+        # Where a text has both, `[MASK]` decides here and `[gMASK]` in the model, as published.
         mask_tokens = [token for token in (self.mask_token_id, self.gmask_token_id) if token in ids]
         if mask_tokens:
             positions[0, start + context : end] = ids.index(mask_tokens[0])
@@ -395,7 +396,7 @@ class SPTokenizer:
         return self.num_tokens
 
     def __getitem__(self, key: int | str) -> Any:
-        """The token of an id, `""` for an unknown one; or the id of a token, that of `<unk>` for an unknown one."""
+        """The token of an id (`""` if there is none), or the id of a token (that of `<unk>` if there is none)."""
         if isinstance(key, str):
             image = IMAGE_TOKEN.fullmatch(key)
             if image and int(image[1]) < self.num_image_tokens:
@@ -434,7 +435,7 @@ class SPTokenizer:
 
 
 def _real_range(mask: Any, length: int) -> tuple[int, int]:
-    """Where the tokens that are no padding start and end, by a mask that has 1 for them."""
+    """Where the real tokens start and end, by a mask that has 1 for them."""
     real = np.arange(length) if mask is None else np.flatnonzero(mask)
     return (int(real[0]), int(real[-1]) + 1) if len(real) else (0, 0)
 

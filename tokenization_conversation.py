@@ -17,8 +17,8 @@ What is unusual here:
 
 - A conversation is encoded piece by piece (`encode_conversation`), which no rendered string can reproduce. So
   `apply_chat_template` makes ids by that method, as `build_chat_input` does; the Jinja templates give the text.
-- A model may belong to another generation than its tokenizer guessed, where two share a vocabulary. So these methods
-  take the `ConversationFormat` of the model, and what is in `vocabularies` can be written.
+- ChatGLM2 and ChatGLM3 share a vocabulary, so a tokenizer may have guessed the wrong one. The methods therefore take
+  the `ConversationFormat` of the model, of any generation in `vocabularies`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -171,10 +171,7 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         add_generation_prompt: bool = True,
         chat_format: ConversationFormat | None = None,
     ) -> tuple[list[int], list[int]]:
-        """As `encode_conversation`, with a mask of the same length: 1 for what the assistant writes.
-
-        That is all behind what asks for an answer, up to the token that closes it, included.
-        """
+        """As `encode_conversation`, with a mask of the same length: 1 for an answer and the token that closes it."""
         chat_format = self._known_format(chat_format)
         segments = chat_format.segments(chat_format.normalize_messages(messages), add_generation_prompt)
         opening = [Segment(token, True) for token in chat_format.opening_tokens]
@@ -214,7 +211,7 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
                 documents=documents,
                 chat_template=chat_template,
                 tokenize=tokenize,
-                # Such a template writes control tokens as text, which is nothing but text to this class otherwise.
+                # Such a template writes control tokens as text, and this class does not look for them in text.
                 tokenizer_kwargs={"split_special_tokens": False, **tokenizer_kwargs},
                 **kwargs,
             )
@@ -273,7 +270,7 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         )
 
     def _kept_positions(self, ids: list[int], limit: int) -> list[int]:
-        """Which tokens of a conversation stay when it is truncated; what it starts with is among them."""
+        """Which tokens stay when a conversation is truncated; the opening tokens always do."""
         if self.truncation_side == "right" or len(ids) <= limit:
             return list(range(len(ids)))[:limit]
         start = min(len(self.chat_format.opening_tokens), limit)
@@ -382,9 +379,9 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> tuple[str, ...]:
-        """Save as the library does, and what the published class and other programs load as well."""
+        """Save as the library does, with the files that the published class and other programs read."""
         if push_to_hub:
-            # It saves to a folder of its own, by this method, and uploads all that is there.
+            # It saves to a temporary folder with this method, and uploads all of that folder.
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), token=kwargs.pop("token", None))
         files = super().save_pretrained(save_directory, *args, filename_prefix=filename_prefix, **kwargs)
         return files + self._save_published_files(save_directory, filename_prefix)
@@ -424,7 +421,7 @@ def _checked_chat(
     continue_final_message: bool | str = False,
     **kwargs: Any,
 ) -> list[Message]:
-    """Normalized messages with the tools among them, which have a form in this generation."""
+    """The messages in normalized form, with the tools; refused where this generation has no form for them."""
     if isinstance(tools, (list, tuple)):
         tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools]
     chat = chat_format.add_tools(chat_format.normalize_messages(messages), tools or None)
@@ -438,10 +435,10 @@ def _checked_chat(
     return chat
 
 
-def extra_tokens(kwargs: dict[str, Any]) -> list[str]:
+def take_extra_tokens(kwargs: dict[str, Any]) -> list[str]:
     """The special tokens in what any version of the library saved; taken out of `kwargs`."""
     saved = [*(kwargs.pop("extra_special_tokens", None) or ()), *(kwargs.pop("additional_special_tokens", None) or ())]
     return [token["content"] if isinstance(token, dict) else str(token) for token in saved]
 
 
-__all__ = ["ConversationTokenizer", "Vocabulary", "extra_tokens", "is_possible_id"]
+__all__ = ["ConversationTokenizer", "Vocabulary", "take_extra_tokens", "is_possible_id"]

@@ -225,16 +225,21 @@ def same(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> Non
         assert first.decode(ours["input_ids"]) == second.decode(theirs["input_ids"])
 
 
-def test_the_published_folder_loads_without_a_word(case_folder: Callable[[str], Path]) -> None:
+def test_folders_load_without_a_word(
+    case_folder: Callable[[str], Path], fresh: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The published one and one that was saved, in a process that knows neither."""
+    fresh().save_pretrained(tmp_path)
     code = (
         "import sys; from transformers import AutoTokenizer\n"
-        "for use_fast in (True, False):\n"
-        f"    t = AutoTokenizer.from_pretrained({str(case_folder('chatglm1'))!r}, trust_remote_code=True, use_fast=use_fast)\n"
-        "    print(t.model_version, type(t).__name__, 'google.protobuf' in sys.modules)"
+        f"for folder in {[str(case_folder('chatglm1')), str(tmp_path)]}:\n"
+        "    for use_fast in (True, False):\n"
+        "        t = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, use_fast=use_fast)\n"
+        "        print(t.model_version, type(t).__name__, 'google.protobuf' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
     assert run.stderr == ""
-    assert run.stdout.splitlines() == ["chatglm ChatGLM6BTokenizer False"] * 2
+    assert run.stdout.splitlines() == ["chatglm ChatGLM6BTokenizer False"] * 4
 
 
 def test_a_saved_tokenizer_is_the_same(fresh: Callable[..., Any], tmp_path: Path) -> None:

@@ -31,13 +31,14 @@ def call(**arguments: Any) -> dict[str, Any]:
     return {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
 
 
-# Conversations and tools, most of which one generation or another has no form for; the first six need tools.
+# Conversations and tools, most of which one generation or another has no form for; the first seven need tools.
 CONVERSATIONS: dict[str, tuple[list[Any], Any]] = {
     "tools": ([USER], [WEATHER]),
     "tools of the system message": ([{"role": "system", "content": "s", "tools": [WEATHER]}, USER], None),
     "a tool call": ([USER, call(a=1), {"role": "tool", "content": "1"}], None),
     "a tool call and text": ([USER, {**call(a=1), "content": "a"}], None),
     "metadata": ([USER, {**ANSWER, "metadata": "f"}], None),
+    "only tools": ([{"role": "system", "content": "s", "tools": [WEATHER]}], None),
     "an observation": ([USER, {"role": "observation", "content": "o"}], None),
     "two questions": ([USER, USER], None),
     "an answer first": ([ANSWER], None),
@@ -49,6 +50,8 @@ CONVERSATIONS: dict[str, tuple[list[Any], Any]] = {
     "a list of words": ([USER], ["f"]),
     "an argument that is no name": ([USER, call(**{"a-b": 1})], None),
     "an argument that is no number": ([USER, call(a=float("nan"))], None),
+    "a question that calls": ([{**USER, "tool_calls": call(a=1)["tool_calls"]}], None),
+    "a tool with a set": ([USER], [{"name": "f", "parameters": {1, 2}}]),
     "half a character": ([{"role": "user", "content": "a\ud800"}], None),
     "half a character in a tool": ([USER], [{"name": "f", "description": "\ud800"}]),
     "half a character in metadata": ([USER, {**ANSWER, "metadata": "\udfff"}], None),
@@ -71,7 +74,7 @@ def test_text_is_refused_where_ids_are(case_tokenizer: Callable[[str], Any], nam
 
 
 @pytest.mark.parametrize("name", ["chatglm1", "chatglm2"])
-@pytest.mark.parametrize("conversation", list(CONVERSATIONS)[:6])
+@pytest.mark.parametrize("conversation", list(CONVERSATIONS)[:7])
 def test_a_text_of_rounds_loses_no_tools(case_tokenizer: Callable[[str], Any], name: str, conversation: str) -> None:
     messages, tools = CONVERSATIONS[conversation]
     with pytest.raises(ValueError, match="knows no tools"):
