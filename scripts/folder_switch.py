@@ -51,7 +51,8 @@ GUARD = (
     b'raise RuntimeError("The upgrade of this checkpoint folder was cut short: run upgrade_checkpoint.py on it again, '
     b'or with --undo to go back.")\n'
 )
-LARGEST_JSON = 64 * 2**20
+# Of the files that are read as a whole: code and JSON.
+LARGEST_FILE = 64 * 2**20
 
 
 class UpgradeError(Exception):
@@ -62,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file; of one that does not exist, `{}`."""
     if not os.path.lexists(path):
         return {}
-    if not path.is_file() or path.stat().st_size > LARGEST_JSON:
+    if not path.is_file() or path.stat().st_size > LARGEST_FILE:
         raise UpgradeError(f"{path} is not a file, or larger than any JSON file of a checkpoint.")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -151,7 +152,7 @@ def recover(folder: Path) -> str | None:
     Returns:
         What was done, or `None` if there was nothing to do.
     """
-    staged = {path.name.removesuffix(STAGED): path for path in _staged_files(folder)}
+    staged = _staged_files(folder)
     if not os.path.lexists(folder / JOURNAL):
         for path in staged.values():
             path.unlink()
@@ -178,8 +179,10 @@ def is_pending(folder: Path) -> bool:
     return os.path.lexists(folder / JOURNAL) or bool(_staged_files(folder))
 
 
-def _staged_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob(f"*{STAGED}") if path.is_symlink() or not path.is_dir())
+def _staged_files(folder: Path) -> dict[str, Path]:
+    """The files that wait for their places, by the names they are for."""
+    found = {path.name.removesuffix(STAGED): path for path in sorted(folder.glob(f"*{STAGED}"))}
+    return {name: path for name, path in found.items() if OWN_NAME.fullmatch(name)}
 
 
 def _read_journal(folder: Path) -> list[str]:
@@ -189,4 +192,14 @@ def _read_journal(folder: Path) -> list[str]:
     return names
 
 
-__all__ = ["OWN_NAME", "STAGED", "Change", "UpgradeError", "is_pending", "lock", "read_json", "recover"]
+__all__ = [
+    "LARGEST_FILE",
+    "OWN_NAME",
+    "STAGED",
+    "Change",
+    "UpgradeError",
+    "is_pending",
+    "lock",
+    "read_json",
+    "recover",
+]

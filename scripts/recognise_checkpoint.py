@@ -84,12 +84,17 @@ def recognise(folder: Path, asked: str | None) -> Checkpoint:
         raise UpgradeError(f"{'--model-version' if asked else 'config.json'}: {error}") from error
     checkpoint = Checkpoint(folder, config, tokenizer_config, generation, reason)
     for path in [*vocabularies, *checkpoint.weights]:
-        with open(path, "rb") as file:
-            if file.read(100).startswith(b"version https://git-lfs"):
-                raise UpgradeError(
-                    f"{path.name} is a Git LFS pointer, not the file: run `git lfs pull` in the folder."
-                )
+        if read_start(path).startswith("version https://git-lfs"):
+            raise UpgradeError(f"{path.name} is a Git LFS pointer, not the file: run `git lfs pull` in the folder.")
     return checkpoint
+
+
+def read_start(path: Path) -> str:
+    """As much of a file as code needs, empty if there is no such file."""
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return file.read(2**18).decode(errors="replace")
 
 
 def tell_generation(
@@ -125,8 +130,7 @@ def generation_of_tokenizer(folder: Path, tokenizer_config: Mapping[str, Any]) -
     """What the files of the tokenizer say: ChatGLM3 has role tokens, ChatGLM2's published code writes rounds."""
     if (folder / "ice_text.model").is_file():
         return "chatglm"
-    code = folder / "tokenization_chatglm.py"
-    text = code.read_text(encoding="utf-8", errors="replace") if code.is_file() else ""
+    text = read_start(folder / "tokenization_chatglm.py")
     if "\nfrom ." in text:  # This repository's own code: it is the same for every generation.
         text = ""
     text += json.dumps(tokenizer_config)
@@ -134,4 +138,4 @@ def generation_of_tokenizer(folder: Path, tokenizer_config: Mapping[str, Any]) -
     return next((generation for sign, generation in signs.items() if sign in text), None)
 
 
-__all__ = ["CODE", "Checkpoint", "recognise"]
+__all__ = ["CODE", "Checkpoint", "read_start", "recognise"]

@@ -39,8 +39,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from folder_switch import OWN_NAME, Change, UpgradeError, is_pending, lock, read_json, recover
-from recognise_checkpoint import CODE, Checkpoint, recognise
+from folder_switch import LARGEST_FILE, OWN_NAME, Change, UpgradeError, is_pending, lock, read_json, recover
+from recognise_checkpoint import CODE, Checkpoint, read_start, recognise
 
 
 MANIFEST = "chatglm_upgrade.json"
@@ -89,8 +89,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, in
 
 def code_version(folder: Path) -> str:
     """The version of this repository's code in a folder, empty if it has none."""
-    file = folder / "configuration_chatglm.py"
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    text = read_start(folder / "configuration_chatglm.py")
     if found := re.search(r'^__version__ = "(\d+(?:\.\d+)*)"', text, re.MULTILINE):
         return found[1]
     return "0.1.0" if "def infer_model_version" in text else ""  # Before 0.2.0 there was no number.
@@ -120,12 +119,11 @@ def new_contents(checkpoint: Checkpoint) -> dict[str, bytes]:
         new |= {"model_version": checkpoint.generation, "auto_map": auto_map}
         if new != old:
             contents[name] = to_json(new)
-    present = {path.name: path for path in checkpoint.folder.iterdir() if path.name in contents and path.is_file()}
-    return {
-        name: content
-        for name, content in contents.items()
-        if name not in present or present[name].read_bytes() != content
-    }
+    return {name: content for name, content in contents.items() if not has_content(checkpoint.folder / name, content)}
+
+
+def has_content(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def generation_config(checkpoint: Checkpoint, tokenizer: Any) -> bytes:
@@ -177,15 +175,15 @@ def print_plan(folder: Path, contents: Mapping[str, bytes], has_weights: bool) -
         The names of the backups: of files that are there and that no earlier upgrade wrote.
 
     Raises:
-        UpgradeError: if something else than a file has one of the names.
+        UpgradeError: if something else than a small file has one of the names.
     """
     records, _ = read_manifest(folder)
     backups = {}
     for name in contents:
         if not os.path.lexists(folder / name):
             print(f"  add      {name}")
-        elif not (folder / name).is_file():
-            raise UpgradeError(f"{folder / name} is not a file, so it cannot be replaced.")
+        elif not (folder / name).is_file() or (folder / name).stat().st_size > LARGEST_FILE:
+            raise UpgradeError(f"{folder / name} is not a file, or too large for its name; nothing was changed.")
         elif name in records and is_ours(folder, records[name]):
             print(f"  replace  {name} (an earlier upgrade wrote it)")
         else:

@@ -540,8 +540,12 @@ def write(name: str, content: Any) -> Callable[[Path], object]:
     )
 
 
-def rename(folder: Path, old: str, new: str) -> None:
-    (folder / old).rename(folder / new)
+def huge(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).touch()
+        os.truncate(folder / name, folder_switch.LARGEST_FILE + 1)
+
+    return change
 
 
 def remove(name: str) -> Callable[[Path], None]:
@@ -558,16 +562,17 @@ FIRST_BIN = "pytorch_model-00001-of-00002.bin"
 # What is said, what is wrong with the folder, and the options.
 REFUSALS = [
     refused("has no config.json", remove("config.json")),
-    refused("upgrade the folder of its base", lambda folder: rename(folder, "config.json", "adapter_config.json")),
+    refused("upgrade the folder of its base", lambda f: (f / "config.json").rename(f / "adapter_config.json")),
     refused("not valid JSON", write("config.json", b"{,")),
     refused("not valid JSON", write("config.json", b'{"a": "\xff"}')),
     refused("not valid JSON", write("config.json", b'{"a":' * 10**5)),
     refused("does not hold a JSON object", write("config.json", [])),
-    refused("or larger than any JSON file", lambda folder: os.truncate(folder / "config.json", 2**26 + 1)),
+    refused("or larger than any JSON file", huge("config.json")),
     refused(
         "config.json is not a file", lambda folder: (remove("config.json")(folder), (folder / "config.json").mkdir())
     ),
     refused("quantization.py is not a file", lambda folder: (folder / "quantization.py").mkdir(), "--force"),
+    refused("quantization.py .*too large", huge("quantization.py"), "--force"),
     refused("model type 'llama'", config(model_type="llama")),
     refused("model type .'chatglm'.; ChatGLM", config(model_type=["chatglm"])),
     refused("Transformers loads 'glm' and 'glm4' itself", config(model_type="glm4", auto_map=...)),
