@@ -18,49 +18,28 @@ read back from the new files and compared with its source. The `.bin` files are 
 """
 
 import json
-import re
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from folder_switch import Change, UpgradeError, read_json
+from folder_switch import Change, UpgradeError
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 
-BIN_INDEX = "pytorch_model.bin.index.json"
 INDEX = "model.safetensors.index.json"
 
 
-def bin_files(folder: Path) -> tuple[list[Path], set[str]]:
-    """The files with the weights in the old format, and the tensors that their index names.
-
-    Raises:
-        UpgradeError: for an index of another form, or one that names files outside the folder or missing ones.
-    """
-    if not (folder / BIN_INDEX).exists():
-        return [path for path in [folder / "pytorch_model.bin"] if path.is_file()], set()
-    weight_map = read_json(folder / BIN_INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        re.fullmatch(r"[\w.-]+\.bin", str(name)) for name in weight_map.values()
-    ):
-        raise UpgradeError(f"{BIN_INDEX} does not say for each tensor which file of the folder holds it.")
-    files = [folder / name for name in sorted(set(weight_map.values()))]
-    for path in files:
-        if not path.is_file():
-            raise UpgradeError(f"{BIN_INDEX} names {path.name}, which is not in the folder.")
-    return files, set(weight_map)
-
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the `.bin` files, `{}` if there are none. Their values stay on the disk until they are used.
+def read_weights(files: Sequence[Path], index: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """All tensors of the `.bin` files. Their values stay on the disk until they are used.
 
     Raises:
         UpgradeError: for what cannot be carried over, so that nothing is dropped silently.
     """
-    files, indexed = bin_files(folder)
     weights: dict[str, torch.Tensor] = {}
     for path in files:
         try:
@@ -74,8 +53,9 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             if name in weights:
                 raise UpgradeError(f"{name!r} is stored in {path.name} and in a file before it.")
             weights[name] = tensor
-    if absent := indexed - weights.keys():
-        raise UpgradeError(f"{BIN_INDEX} names {min(absent)!r}, which no file holds.")
+    weight_map = index.get("weight_map", {})
+    if not isinstance(weight_map, dict) or weight_map.keys() - weights.keys():
+        raise UpgradeError("pytorch_model.bin.index.json names weights that none of the .bin files holds.")
     return weights
 
 

@@ -192,14 +192,4 @@ def _read_journal(folder: Path) -> list[str]:
     return names
 
 
-__all__ = [
-    "LARGEST_FILE",
-    "OWN_NAME",
-    "STAGED",
-    "Change",
-    "UpgradeError",
-    "is_pending",
-    "lock",
-    "read_json",
-    "recover",
-]
+__all__ = ["LARGEST_FILE", "OWN_NAME", "Change", "UpgradeError", "is_pending", "lock", "read_json", "recover"]

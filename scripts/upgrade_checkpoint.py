@@ -44,6 +44,7 @@ from recognise_checkpoint import CODE, Checkpoint, read_start, recognise
 
 
 MANIFEST = "chatglm_upgrade.json"
+BIN_FILES = "pytorch_model*.bin"
 AUTO_MAP = {
     "AutoConfig": "configuration_chatglm.ChatGLMConfig",
     "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
@@ -80,7 +81,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, in
             is_named = OWN_NAME.fullmatch(name) and OWN_NAME.fullmatch(record["backup"] or name)
             if not is_named or not {"sha256", "backup_sha256"} <= record.keys():
                 raise ValueError(name)
-        if not all(re.fullmatch(r"[\w.-]+\.bin", name) for name in manifest["converted_from"].keys()):
+        if not all(Path(name).name == name for name in manifest["converted_from"].keys()):
             raise ValueError("converted_from")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UpgradeError(f"{folder / MANIFEST} is not what an upgrade wrote: {error!r}.") from error
@@ -144,7 +145,7 @@ def weights_to_convert(folder: Path) -> dict[str, Any]:
 
     if any(folder.glob("model*.safetensors*")):
         return {}
-    weights = read_weights(folder)
+    weights = read_weights(sorted(folder.glob(BIN_FILES)), read_json(folder / "pytorch_model.bin.index.json"))
     if not weights:
         raise UpgradeError("--safetensors: the folder has no pytorch_model.bin to convert.")
     needed, free = sum(tensor.nbytes for tensor in weights.values()) + SPARE_BYTES, shutil.disk_usage(folder).free
@@ -207,10 +208,10 @@ def apply_upgrade(
             change.copy(name, backup)
         hashes = {name: change.write(name, content) for name, content in contents.items()}
         if weights:
-            from convert_weights import bin_files, convert
+            from convert_weights import convert
 
             hashes |= convert(weights, shard_size, change)
-            sources = {path.name: path.stat().st_size for path in bin_files(folder)[0]}
+            sources = {path.name: path.stat().st_size for path in folder.glob(BIN_FILES)}
         for name, digest in hashes.items():
             old = backups.get(name)
             first = {"name": name, "backup": old, "backup_sha256": sha256(folder / name) if old else None}
@@ -238,9 +239,7 @@ def upgrade(folder: Path, args: argparse.Namespace) -> None:
                 contents["generation_config.json"] = generation_config(checkpoint, tokenizer)
         except UpgradeError as error:
             if not args.force:
-                raise UpgradeError(
-                    f"{error}. Nothing was changed; --force upgrades the folder all the same."
-                ) from error
+                raise UpgradeError(f"{error}. Nothing was changed; --force upgrades it all the same.") from error
             found = f"--force: {error}"
     if not (contents or weights):
         print("Already up to date.")

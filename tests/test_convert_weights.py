@@ -55,7 +55,9 @@ def test_same_bits(zipped: bool, max_size: str, tmp_path: Path) -> None:
     tensors = odd_tensors()
     torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     with Change(tmp_path) as change:
-        hashes = convert_weights.convert(convert_weights.read_weights(tmp_path), max_size, change)
+        hashes = convert_weights.convert(
+            convert_weights.read_weights([tmp_path / "pytorch_model.bin"], {}), max_size, change
+        )
     for name, digest in hashes.items():
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
     files = {name: load_file(tmp_path / name) for name in hashes.keys() - {convert_weights.INDEX}}
@@ -80,7 +82,7 @@ def test_a_damaged_copy_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(convert_weights, "save_file", damage)
     with pytest.raises(UpgradeError, match="differs from its source"), Change(tmp_path) as change:
-        convert_weights.convert(convert_weights.read_weights(tmp_path), "1GB", change)
+        convert_weights.convert(convert_weights.read_weights([tmp_path / "pytorch_model.bin"], {}), "1GB", change)
     assert os.listdir(tmp_path) == ["pytorch_model.bin"]
 
 
@@ -95,9 +97,8 @@ def test_a_damaged_copy_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_what_cannot_be_carried_over(content: Any, message: str, tmp_path: Path) -> None:
-    for name in ("a.bin", "b.bin"):
-        torch.save(content, tmp_path / name)
-    index = {"weight_map": {"weight": "a.bin", "other": "b.bin"}}
-    (tmp_path / convert_weights.BIN_INDEX).write_text(json.dumps(index), encoding="utf-8")
+    files = [tmp_path / "a.bin", tmp_path / "b.bin"]
+    for path in files:
+        torch.save(content, path)
     with pytest.raises(UpgradeError, match=message):
-        convert_weights.read_weights(tmp_path)
+        convert_weights.read_weights(files, {})
