@@ -92,10 +92,9 @@ class QuantizedLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bits, self.group_size = bits, group_size if bits == 4 else None
         codes = torch.empty(self.out_features, self.in_features * bits // 8, dtype=torch.int8, device="meta")
-        num_groups = None if self.group_size is None else self.in_features // self.group_size
-        scale_shape = (self.out_features,) if num_groups is None else (self.out_features, num_groups)
         self.weight = nn.Parameter(codes, requires_grad=False)
-        scale = torch.empty(scale_shape, dtype=scale_dtype, device="meta")
+        groups = () if self.group_size is None else (self.in_features // self.group_size,)
+        scale = torch.empty(self.out_features, *groups, dtype=scale_dtype, device="meta")
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias
         self.train(linear.training)
@@ -186,10 +185,10 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
 
 def init_quantized_linear(module: QuantizedLinear, std: float) -> None:
     """Fill a layer that no checkpoint filled as if normal weights had been quantized."""
-    # The library marks what it loaded.
-    if not getattr(module.weight, "_is_hf_initialized", False):
-        shape, device = (module.out_features, module.in_features), module.weight_scale.device
-        module.quantize_(torch.empty(shape, device=device).normal_(0.0, std))
+    # The library marks what it loaded. What is on the disk stays on the meta device.
+    if not module.weight.is_meta and not getattr(module.weight, "_is_hf_initialized", False):
+        weight = torch.empty(module.out_features, module.in_features, device=module.weight.device)
+        module.quantize_(weight.normal_(0.0, std))
     if module.bias is not None:
         init.zeros_(module.bias)
 
@@ -401,6 +400,8 @@ class QuantizeWhileLoading(ConversionOps):
             return kept  # The checkpoint holds the layer a second time, and it was loaded from there.
         layer = model.get_submodule(name)
         codes, scale = quantize_weight(weight, layer.bits, self.method, layer.group_size, layer.weight_scale.dtype)
+        # The loader sets the weight, unless it stays on the disk.
+        layer.weight = nn.Parameter(codes.to("meta"), requires_grad=False)
         return {**kept, f"{name}.weight": codes, f"{name}.weight_scale": scale}
 
 
@@ -425,7 +426,7 @@ class ChatGLMQuantizer(HfQuantizer):
         for name, bits in linears_to_quantize(model, settings).items():
             layer = make_quantized_layer(model, name, bits, settings)
             if not self.pre_quantized:
-                # A place for the float weight, on the meta device, until the loader brings the codes.
+                # The loader reads a weight in the dtype that it finds here, on the meta device.
                 layer.weight = model.get_submodule(name).weight
                 self.waiting.add(f"{name}.weight")
             model.set_submodule(name, layer)
@@ -500,9 +501,8 @@ if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
 
 def read_settings(value: Any) -> ChatGLMQuantizationConfig | None:
     """Our settings in a `quantization_config`, a dictionary or an object; `None` for other methods and for nothing."""
-    values = value if value is None or isinstance(value, dict) else value.to_dict()
-    is_ours = values is not None and values.get("quant_method") == QUANT_METHOD
-    return ChatGLMQuantizationConfig.from_dict(values) if is_ours else None
+    values = value if isinstance(value, dict) else getattr(value, "to_dict", dict)()
+    return ChatGLMQuantizationConfig.from_dict(values) if values.get("quant_method") == QUANT_METHOD else None
 
 
 def is_quantized_as_asked(
