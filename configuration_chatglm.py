@@ -158,24 +158,24 @@ def infer_model_version(config: Mapping[str, Any]) -> str | None:
     Raises:
         ValueError: for an explicit `model_version` that does not exist.
     """
-    if (model_version := config.get("model_version")) is not None:
-        if model_version not in GENERATION_FEATURES:
-            raise ValueError(f"`model_version` must be one of {tuple(GENERATION_FEATURES)}, got {model_version!r}.")
-        return model_version
-    for model_version, features in GENERATION_FEATURES.items():
+    if (generation := config.get("model_version")) is not None:
+        if generation not in GENERATION_FEATURES:
+            raise ValueError(f"`model_version` must be one of {tuple(GENERATION_FEATURES)}, got {generation!r}.")
+        return generation
+    for generation, features in GENERATION_FEATURES.items():
         if any(config.get(key) for key in features.own_keys):
-            return model_version
+            return generation
     eos_token_id = config.get("eos_token_id")
     has_end_tokens = isinstance(eos_token_id, (list, tuple)) and config.get("pad_token_id") in eos_token_id
-    for model_version, features in GENERATION_FEATURES.items():
+    for generation, features in GENERATION_FEATURES.items():
         # Trainers make the other generations pad with their end token too: `</s>`, id 2.
         if features.pads_with_end_token and has_end_tokens and 2 not in eos_token_id:
-            return model_version
+            return generation
     for key in ("_name_or_path", "name_or_path"):
         name = str(config.get(key) or "").lower()
-        for model_version, features in GENERATION_FEATURES.items():
+        for generation, features in GENERATION_FEATURES.items():
             if any(part in name for part in features.repository_names):
-                return model_version
+                return generation
     return None
 
 
