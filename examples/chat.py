@@ -14,7 +14,7 @@
 """A chat in the terminal: `python examples/chat.py [MODEL]`, with the small checkpoint of this folder by default.
 
 `clear` forgets the conversation, `stop` ends the program, Ctrl-C stops an answer. Questions can also come through a
-pipe, one in a line; the answers alone are printed then.
+pipe, one on each line; then only the answers are printed.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import json
 import os
 import sys
 from contextlib import closing, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Conversation:
     """What was said so far, and what the model computed for it.
 
     Args:
-        generate_kwargs: what `stream_chat` takes besides.
+        generate_kwargs: further arguments of `stream_chat`.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **generate_kwargs: Any) -> None:
@@ -60,19 +61,15 @@ class Conversation:
 
     def say(self, query: str) -> None:
         """Print the answer as it comes. Ctrl-C stops it; what was printed until then counts as the answer."""
-        stream = self.model.stream_chat(
-            self.tokenizer,
-            query,
-            self.history,
-            past_key_values=self.cache,
-            return_past_key_values=True,
-            **self.generate_kwargs,
-        )
+        settings = {"past_key_values": self.cache, "return_past_key_values": True, **self.generate_kwargs}
         shown = ""
-        with suppress(KeyboardInterrupt), closing(stream):
+        with (
+            suppress(KeyboardInterrupt),
+            closing(self.model.stream_chat(self.tokenizer, query, self.history, **settings)) as stream,
+        ):
             for response, self.history, self.cache in stream:
                 text = response if isinstance(response, str) else json.dumps(response, ensure_ascii=False)
-                # A tool call is recognized late: the text before it is then not its beginning.
+                # A tool call is recognised late, and its JSON does not begin with the text shown so far.
                 print(text[len(shown) :] if text.startswith(shown) else f"\n{text}", end="", flush=True)
                 shown = text
         print(flush=True)
@@ -127,13 +124,10 @@ def read_arguments() -> argparse.Namespace:
 
 
 def generation_arguments(arguments: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
-    """What was asked for; otherwise the defaults of `chat`, within what the checkpoint can do and wants."""
+    """What was asked for; a checkpoint that does not sample by itself does not sample here."""
     given = {name: getattr(arguments, name) for name in ("max_length", "temperature", "top_p")}
     given = {name: value for name, value in given.items() if value is not None}
-    defaults = {"max_length": min(8192, model.config.max_position_embeddings)}
-    if model.generation_config.do_sample is False:
-        defaults["temperature"] = 0
-    return {**defaults, **given}
+    return {"temperature": 0, **given} if model.generation_config.do_sample is False else given
 
 
 def converse(conversation: Conversation) -> None:
@@ -161,7 +155,8 @@ def converse(conversation: Conversation) -> None:
 
 def main() -> int:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     arguments = read_arguments()
     if arguments.once is not None or not sys.stderr.isatty():
         logging.disable_progress_bar()
