@@ -32,6 +32,7 @@ Nothing here needs torch or transformers.
 """
 
 import copy
+import hashlib
 import json
 import re
 import reprlib
@@ -45,6 +46,7 @@ from .conversation_templates import (
     CHATGLM3_RESPONSE_TEMPLATE,
     CHATGLM3_TEMPLATE,
     CHATGLM_6B_TEMPLATE,
+    EARLIER_TEMPLATES,
     GLM4_RESPONSE_TEMPLATE,
     GLM4_TEMPLATE,
     GLM4_TOOL_NOTE,
@@ -166,6 +168,11 @@ class ConversationFormat:
                 out of order; GLM-4: tools without a name), and for text that `check_text` refuses.
         """
         raise NotImplementedError
+
+    def current_template(self, saved: Any) -> Any:
+        """What a tokenizer renders with: the template saved with it, unless it has none or one that was ours before."""
+        is_earlier = isinstance(saved, str) and hashlib.sha256(saved.encode(errors="replace")).hexdigest() in EARLIER_TEMPLATES
+        return self.chat_template if is_earlier or not saved else saved
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """The text that asks for an answer, without the control tokens that the tokenizer adds to every text."""

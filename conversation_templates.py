@@ -32,6 +32,12 @@ GLM4_TOOLS_PROMPT = (
 GLM4_TOOLS_HEADING = "\n\n# 可用工具"
 GLM4_TOOL_NOTE = "\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
 
+# SHA-256 of templates that earlier versions of these files saved with a tokenizer. They are replaced when it loads.
+EARLIER_TEMPLATES = (
+    "979dd63fdb050def949249eff41340417480efe6e84233e954c7f0da3bbcc5c9",
+    "fc89b400e6431f595b9ba7d36666746c2f2860d0214a86514d32b848e6ae5c5e",
+)
+
 CHATGLM_6B_TEMPLATE = """{%- if tools %}
     {{- raise_exception('ChatGLM-6B knows no tools') }}
 {%- endif %}
@@ -40,7 +46,9 @@ CHATGLM_6B_TEMPLATE = """{%- if tools %}
 {%- for message in messages %}
     {%- set turn = loop.index0 - first %}
     {%- set content = message['content'] or '' %}
-    {%- if turn < 0 %}
+    {%- if message['tools'] is defined or message['tool_calls'] or message['metadata'] %}
+        {{- raise_exception('ChatGLM-6B knows no tools') }}
+    {%- elif turn < 0 %}
         {{- content + '\\n' if content }}
     {%- elif message['role'] != ['user', 'assistant'][turn % 2] %}
         {{- raise_exception('ChatGLM-6B writes rounds of one question and one answer') }}
@@ -66,7 +74,9 @@ CHATGLM2_TEMPLATE = """[gMASK]sop
 {%- for message in messages %}
     {%- set turn = loop.index0 - first %}
     {%- set content = message['content'] or '' %}
-    {%- if turn < 0 %}
+    {%- if message['tools'] is defined or message['tool_calls'] or message['metadata'] %}
+        {{- raise_exception('ChatGLM2 knows no tools') }}
+    {%- elif turn < 0 %}
         {{- content + '\\n\\n' if content }}
     {%- elif message['role'] != ['user', 'assistant'][turn % 2] %}
         {{- raise_exception('ChatGLM2 writes rounds of one question and one answer') }}
@@ -233,6 +243,7 @@ __all__ = [
     "CHATGLM3_RESPONSE_TEMPLATE",
     "CHATGLM3_TEMPLATE",
     "CHATGLM_6B_TEMPLATE",
+    "EARLIER_TEMPLATES",
     "GLM4_RESPONSE_TEMPLATE",
     "GLM4_TEMPLATE",
     "GLM4_TOOLS_HEADING",

