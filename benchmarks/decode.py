@@ -19,29 +19,26 @@ The two take turns, so that a machine that slows down slows both; the ratio is t
 """
 
 import argparse
-import importlib
 import json
-import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 from transformers import GlmConfig, GlmForCausalLM
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+# The examples' helper loads this checkout's code.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+from local_code import REPOSITORY, load_module  # noqa: E402
 
 
 def build_models(num_layers: int, dtype: torch.dtype, device: str) -> dict[str, torch.nn.Module]:
     """This repository's model and the native one, with the same random weights."""
-    os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp())
-    model_class = get_class_from_dynamic_module("modeling_chatglm.ChatGLMForConditionalGeneration", str(REPOSITORY))
-    config_class = importlib.import_module(model_class.__module__).ChatGLMConfig
-    config = config_class.from_pretrained(REPOSITORY, num_hidden_layers=num_layers, dtype=dtype)
+    model_class = load_module("modeling_chatglm").ChatGLMForConditionalGeneration
+    config = model_class.config_class.from_pretrained(REPOSITORY, num_hidden_layers=num_layers, dtype=dtype)
     native_config = GlmConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,

@@ -18,19 +18,18 @@ length in a process of its own, how much the peak resident memory rises above wh
 """
 
 import argparse
-import importlib
-import os
 import resource
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+# The examples' helper loads this checkout's code.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+from local_code import load_module  # noqa: E402
 
 
 def peak_megabytes() -> float:
@@ -39,10 +38,8 @@ def peak_megabytes() -> float:
 
 def measure(length: int, chunk: int | None) -> float:
     """Megabytes that generating one token after `length` tokens adds to the peak."""
-    os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp())
-    model_class = get_class_from_dynamic_module("modeling_chatglm.ChatGLMForConditionalGeneration", str(REPOSITORY))
-    config_class = importlib.import_module(model_class.__module__).ChatGLMConfig
-    config = config_class(
+    model_class = load_module("modeling_chatglm").ChatGLMForConditionalGeneration
+    config = model_class.config_class(
         model_version="glm4",
         num_hidden_layers=2,
         hidden_size=256,

@@ -27,10 +27,8 @@ command for a GPU. Everything is measured in one run and taken in turns, so that
 
 import argparse
 import copy
-import importlib
 import json
 import math
-import os
 import random
 import statistics
 import subprocess
@@ -45,10 +43,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+# The examples' helper loads this checkout's code.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+from local_code import REPOSITORY, load_module, load_tokenizer  # noqa: E402
+
+
 BUNDLED = REPOSITORY / "examples" / "tiny-chatglm3"
 PARTS = ("layers", "model", "memory", "quality")
 # Name -> out, in of ChatGLM3-6B.
@@ -85,11 +87,8 @@ QUALITY_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def load_code() -> tuple[ModuleType, type]:
-    """The modules of configuration and quantization in one namespace, and the model class."""
-    os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp())
-    model_class = get_class_from_dynamic_module("modeling_chatglm.ChatGLMForConditionalGeneration", str(REPOSITORY))
-    package = model_class.__module__.rpartition(".")[0]
-    return importlib.import_module(f"{package}.quantization"), model_class
+    """The module of quantization, and the model class."""
+    return load_module("quantization"), load_module("modeling_chatglm").ChatGLMForConditionalGeneration
 
 
 def synchronize(device: str) -> None:
@@ -323,8 +322,7 @@ def read_conversations(num_conversations: int = 100, num_turns: int = 4) -> list
 
     The bundled checkpoint knows each dialogue by heart; of several in a row it is less sure.
     """
-    tokenizer_class = get_class_from_dynamic_module("tokenization_chatglm.ChatGLMTokenizer", str(REPOSITORY))
-    tokenizer = tokenizer_class.from_pretrained(BUNDLED)
+    tokenizer = load_tokenizer(BUNDLED)
     lines = (REPOSITORY / "examples" / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()
     dialogues = [json.loads(line)["messages"] for line in lines]
     dialogues = [

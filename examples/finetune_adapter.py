@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What did an earlier run leave in a folder, and can this run train it on?"""
+"""What did an earlier run leave in a folder, and can this run go on training it?"""
 
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def read_adapter(folder: Path, method: str) -> dict[str, Any]:
 
 
 def read_sizes(folder: Path) -> dict[tuple[str, str], int]:
-    """How wide the linear layers of an adapter are, by their name and `in_features` or `out_features`.
+    """The widths of the linear layers an adapter was made for, by their name and `in_features` or `out_features`.
 
     Raises:
         ValueError: if the file is damaged.
@@ -100,5 +100,5 @@ def check_adapter(folder: Path, method: str, target_modules: list[str], config: 
     if targeted != adapted and target_modules != names:
         raise ValueError(
             f"target_modules: {folder} adapts {len(adapted)} layers ({', '.join(names)}), and {target_modules} names "
-            f"{len(targeted)}; leave target_modules out to train on what is there"
+            f"{len(targeted)}; leave target_modules out to go on with what is there"
         )

@@ -27,9 +27,9 @@ from transformers.utils import logging
 # Under the library's name, so that its handler prints it.
 logger = logging.get_logger("transformers.finetune")
 
-# What makes up for it in checkpoints that the library cannot resume.
+# Beside the files of checkpoints that the library cannot resume by itself: the trained weights.
 OWN_STATE = "trained_state.pt"
-# The settings that a run that goes on must have again.
+# The settings a checkpoint was made with.
 SETTINGS_FILE = "finetune_settings.json"
 
 
@@ -119,7 +119,7 @@ def compare_settings(folder: Path, run: RunArguments, model: ModelArguments) -> 
     try:
         made_with = read_json_object(folder / SETTINGS_FILE)
     except (OSError, ValueError):
-        # Of an earlier version, or damaged, which is found out elsewhere.
+        # Made by an earlier version, or damaged, which `check_checkpoint` finds out.
         return
     for name, value in settings_to_keep(run, model).items():
         if name in made_with and made_with[name] != value:

@@ -35,7 +35,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 QUANTIZED_BITS = {"int8": 8, "int4": 4}
 # Methods whose checkpoints the library cannot resume.
 OWN_CHECKPOINTS = ("adalora", "ptuning")
-# What a new adapter or prefix gets where nothing is said; `adapter` brings its own.
+# Defaults for a new adapter or prefix. One from `adapter` keeps the settings it was made with.
 NEW_ADAPTER: dict[str, Any] = {
     "target_modules": ["query_key_value"],
     "lora_rank": 8,
@@ -44,8 +44,8 @@ NEW_ADAPTER: dict[str, Any] = {
     "pre_seq_len": 128,
     "prefix_projection": False,
 }
-# What a method's weights and their meaning depend on, so that a run that goes on must have the same.
-METHOD_SETTINGS = {
+# What the trained weights mean depends on these, so a run must have the same ones to go on.
+METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
     "full": (),
     "lora": ("target_modules", "lora_rank", "lora_alpha"),
     "adalora": ("target_modules", "lora_rank", "lora_alpha", "adalora_initial_rank"),
@@ -63,7 +63,7 @@ class ModelArguments:
         default="float32", metadata={"help": "how the weights are held; what a method adds to them is float32"}
     )
     adapter: str | None = field(
-        default=None, metadata={"help": "the result of an earlier run, to train on; it brings its own sizes"}
+        default=None, metadata={"help": "the result of an earlier run, to go on training; it brings its own sizes"}
     )
     target_modules: list[str] | None = field(
         default=None,
@@ -95,7 +95,7 @@ class ModelArguments:
             given = getattr(self, name)
             if given is None:
                 setattr(self, name, value)
-            # Which layers the names of target_modules mean is known when the model is.
+            # Names of layers are compared in `check_adapter`, where the model is known.
             elif name in made_with and name != "target_modules" and given != value:
                 raise ValueError(f"{name}: {self.adapter} was made with {value}, not {given}; leave {name} out")
 
@@ -105,10 +105,10 @@ class RunArguments(TrainingArguments):
     """The library's arguments, with three more and a few other defaults."""
 
     resume: str = field(default="no", metadata={"help": "no, auto (the last good checkpoint), or a checkpoint folder"})
-    generate_samples: int = field(default=16, metadata={"help": "so many eval samples are answered before and after"})
+    generate_samples: int = field(default=16, metadata={"help": "how many eval samples are answered before and after"})
     max_new_tokens: int = field(default=128, metadata={"help": "tokens of such an answer at most"})
-    logging_steps: float = field(default=10, metadata={"help": "log the loss every so many steps"})
-    save_total_limit: int | None = field(default=3, metadata={"help": "keep so many checkpoints"})
+    logging_steps: float = field(default=10, metadata={"help": "how many steps between two logged losses"})
+    save_total_limit: int | None = field(default=3, metadata={"help": "how many checkpoints are kept"})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "trackers to report to"})
     include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "how to count tokens"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "the rows have no other columns"})
@@ -233,7 +233,7 @@ def _try_out(run: RunArguments) -> None:
             tracker()
     if run.gradient_checkpointing and run.gradient_checkpointing_kwargs:
         with settings_named("gradient_checkpointing_kwargs"):
-            # The two that the library takes for itself.
+            # These two never reach torch.
             kwargs = {
                 name: value
                 for name, value in run.gradient_checkpointing_kwargs.items()
@@ -262,7 +262,7 @@ def _faults_of_model(model: ModelArguments) -> dict[str, Any]:
             is_full and model.dtype == "float16"
         ),
         "adapter: full trains no adapter; merge it into the checkpoint first": is_full and model.adapter,
-        "adapter: adalora has given out the ranks when its run ends; merge it into the checkpoint first": (
+        "adapter: the ranks of adalora are settled when its run ends; merge it into the checkpoint first": (
             model.method == "adalora" and model.adapter
         ),
         f"adalora_initial_rank: must be more than lora_rank={model.lora_rank}, to which ranks come down": (
@@ -282,7 +282,7 @@ def _faults_of_run(model: ModelArguments, data: DataArguments, run: RunArguments
         "load_best_model_at_end: not with adalora and ptuning; their checkpoints can be resumed by name": (
             model.method in OWN_CHECKPOINTS and run.load_best_model_at_end
         ),
-        f"metric_for_best_model: {run.metric_for_best_model} is not measured; the metric there is, is eval_loss": (
+        f"metric_for_best_model: {run.metric_for_best_model} is not measured; only eval_loss is": (
             metric not in ("None", "loss")
         ),
         "eval_strategy: there is no eval_file": run.eval_strategy != "no" and not data.eval_file,

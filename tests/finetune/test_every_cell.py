@@ -85,7 +85,7 @@ def settings(case_folder: Any, tmp_path: Path) -> Any:
             "--lora_dropout=0",
             "--pre_seq_len=16",
             f"--learning_rate={LEARNING_RATES[method]}",
-            "--max_steps=200",
+            "--max_steps=100",
             "--logging_first_step=true",
             "--logging_steps=10",
             "--save_strategy=no",

@@ -24,7 +24,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
-from short_runs import BUNDLED, CONFIGS, METHODS, REPOSITORY, ask, finetune, read_arguments
+from short_runs import BUNDLED, CONFIGS, METHODS, REPOSITORY, ask, finetune, finetune_data, read_arguments
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.utils import logging
@@ -67,8 +67,10 @@ def test_deepspeed_settings_fit_the_trainer(make_settings: Callable[..., list[st
 # Knowledge, and other trainers.
 
 
-def test_one_fact_is_learnt_and_the_rest_is_kept() -> None:
+def test_one_fact_is_learnt_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     logging.set_verbosity_error()
+    # A third of the dialogues shows as well what is forgotten; none of them is trained on.
+    monkeypatch.setattr(inject_knowledge, "read_samples", lambda *words: finetune_data.read_samples(*words)[::3])
     question, fact = inject_knowledge.QUESTION, inject_knowledge.FACT
     before, after, num_rehearsed = inject_knowledge.inject(question, fact, 0, 60, 2e-2)
     assert before[0].answer != fact
