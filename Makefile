@@ -5,7 +5,7 @@
 #   make chat MODEL=/path/to/chatglm3-6b  talk to a checkpoint
 #   make chat ARGS='--once 你好'          one answer, for scripts
 #   make test ARGS='-k stream_chat'       some of the tests
-#   make test-grid                        every generation fine-tuned in every way, seven minutes
+#   make test-grid                        every way of fine-tuning, every compiled GPU kernel, eight minutes
 #   make conformance                      Transformers' own tests of models and tokenizers
 #   make bench                            every benchmark, small enough for a laptop
 #   make docs-check                       every command of the READMEs and of docs/

@@ -31,6 +31,7 @@ QUICK = {
     "finetune": ["--layers=1", "--length=16", "--rounds=1"],
     "prefill_memory": ["--lengths", "2048", "4096"],
     "quantized": ["--layers=1", "--rows=1", "--prompt=32", "--tokens=4", "--rounds=1"],
+    "revisions": ["--layers=1", "--weights", "int4", "--dtypes", "float16", "--batches=1", "--tokens=4"],
 }
 
 

@@ -13,9 +13,12 @@
 # limitations under the License.
 """The GPU kernels compiled ahead of time, which needs no GPU: what the machine code of each has to look like.
 
-Run with `-rP` to read registers and instructions for each weight.
+By default one or two kernels are compiled for each architecture, and all of them, with every weight, number of rows and
+dtype, for the two architectures of data centres together. `make test-grid ARGS=tests/test_triton_compile.py` compiles
+everything for each. Run with `-rP` to read registers and instructions for each weight.
 """
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -45,21 +48,30 @@ MOST_INSTRUCTIONS = {"int4": 2.5, "int4-128": 4.2, "int4-64": 4.2, "int4-32": 4.
 
 WEIGHTS = {"int4": (4, None), "int4-128": (4, 128), "int4-64": (4, 64), "int4-32": (4, 32), "int8": (8, None)}
 ROWS = (8, 16)
-# Everything on the two that data centres have most; elsewhere the kernels of published checkpoints.
 EVERYTHING = [
     (arch, weight, rows, dtype)
-    for arch in (80, 90)
+    for arch in SHARED_MEMORY
     for weight in WEIGHTS
     for rows in ROWS
     for dtype in ("fp16", "bf16")
 ]
-COMMON = [
-    (arch, weight, rows, "bf16" if rows == 8 else "fp16")
-    for arch in (86, 89, 100, 120)
-    for weight in ("int4", "int4-32", "int8")
-    for rows in ROWS
-]
-AMD = [("gfx942", weight, 16, "fp16") for weight in WEIGHTS]
+# Every weight on the two architectures that data centres have most, and on both together every dtype with every number of
+# rows; elsewhere the kernels of published checkpoints.
+COMMON = {
+    (80, "int4", 8, "bf16"), (80, "int4-128", 16, "fp16"), (80, "int4-64", 8, "fp16"), (80, "int4-32", 16, "bf16"),
+    (80, "int8", 16, "fp16"),
+    (90, "int4", 16, "fp16"), (90, "int4-128", 8, "bf16"), (90, "int4-64", 16, "bf16"), (90, "int4-32", 8, "fp16"),
+    (90, "int8", 8, "bf16"),
+    (86, "int4", 8, "bf16"), (89, "int4", 16, "fp16"), (100, "int4", 8, "fp16"), (100, "int8", 16, "bf16"),
+    (120, "int4", 16, "bf16"),
+}  # fmt: skip
+COMMON_AMD = {("int4",), ("int4-32",), ("int8",)}
+COMMON_DEQUANTIZED = {(80, "int4"), (90, "int8"), ("gfx942", "int4")}
+
+
+def common_first(cases: list[tuple[Any, ...]], common: Any) -> list[Any]:
+    """The cases as parameters, all but the common ones left to `make test-grid`."""
+    return [pytest.param(*case, marks=() if case in common else pytest.mark.grid) for case in cases]
 
 
 @dataclass(frozen=True)
@@ -149,7 +161,7 @@ def compile_few_rows(kernels: ModuleType, arch: int | str, weight: str, rows: in
     return config, compile_kernel(kernel, types, constants, arch, **options)
 
 
-@pytest.mark.parametrize(("arch", "weight", "rows", "dtype"), EVERYTHING + COMMON)
+@pytest.mark.parametrize(("arch", "weight", "rows", "dtype"), common_first(EVERYTHING, COMMON))
 def test_few_rows_on_nvidia(
     kernels: ModuleType, arch: int, weight: str, rows: int, dtype: str, record_property: Callable
 ) -> None:
@@ -174,19 +186,21 @@ def test_few_rows_on_nvidia(
         assert code.count("LOP3") > 0
 
 
-@pytest.mark.parametrize(("arch", "weight", "rows", "dtype"), AMD)
-def test_few_rows_on_amd(kernels: ModuleType, arch: str, weight: str, rows: int, dtype: str) -> None:
-    _, compiled = compile_few_rows(kernels, arch, weight, rows, dtype)
+@pytest.mark.parametrize("weight", common_first([(weight,) for weight in WEIGHTS], COMMON_AMD))
+def test_few_rows_on_amd(kernels: ModuleType, weight: str) -> None:
+    _, compiled = compile_few_rows(kernels, "gfx942", weight, 16, "fp16")
     text = compiled.asm["amdgcn"]
     assert "v_mfma_f32_16x16x" in text
     assert set(re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", text)) == {"0"}
     assert compiled.metadata.shared <= AMD_SHARED_MEMORY * 1024
     registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
-    print(f"{arch} {weight} {rows} rows {dtype}: {registers} registers")
+    print(f"gfx942 {weight}: {registers} registers")
 
 
-@pytest.mark.parametrize("weight", ["int4", "int8"])
-@pytest.mark.parametrize("arch", [80, 90, 120, "gfx942"])
+@pytest.mark.parametrize(
+    ("arch", "weight"),
+    common_first(list(itertools.product((80, 90, 120, "gfx942"), ("int4", "int8"))), COMMON_DEQUANTIZED),
+)
 def test_dequantize(kernels: ModuleType, arch: int | str, weight: str) -> None:
     types = {"weight_ptr": "*i8", "scale_ptr": "*fp16", "output_ptr": "*bf16"}
     constants = {"BLOCK_OUT": 8, "BLOCK_BYTES": 256, "BYTES_PER_GROUP": 0, "IS_INT4": weight == "int4"}
