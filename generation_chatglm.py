@@ -60,8 +60,8 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from plain_tensors(getattr(tensor, name))
+    for part in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
+        yield from plain_tensors(part) if isinstance(part, torch.Tensor) else ()
 
 
 def sample_weight(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,8 +72,8 @@ def sample_weight(tensor: torch.Tensor) -> torch.Tensor:
 
 def describe_settings(owner: Any) -> list[tuple[str, Any]]:
     """Attributes that are numbers, texts or containers. PEFT keeps there which adapter is active, scaled or merged."""
-    kinds = (bool, int, float, str, list, tuple, set, dict)
-    return [pair for pair in vars(owner).items() if isinstance(pair[1], kinds) and pair[0] not in MODULE_ATTRIBUTES]
+    kinds = (bool, int, float, str, list, tuple, set, dict)  # Not their subclasses, which may hold whole weights.
+    return [pair for pair in vars(owner).items() if type(pair[1]) in kinds and pair[0] not in MODULE_ATTRIBUTES]
 
 
 def describe_state(model: nn.Module, device_type: str) -> str | None:

@@ -23,6 +23,9 @@ import accelerate
 import peft
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -425,6 +428,21 @@ def test_unchanged_models_use_their_caches(pair: Pair) -> None:
         fed.clear()
         adapted.chat(tokenizer, FIRST, past_key_values=cache, **GREEDY)
         assert fed[0] == 1, change.__name__
+
+
+def test_shards_of_distributed_training_are_looked_into(pair: Pair, source: Callable[[str], Any]) -> None:
+    model, _ = pair
+    describe_state = source("generation_chatglm").describe_state
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    try:
+        weight = distribute_tensor(attention(model).weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        attention(model).weight = torch.nn.Parameter(weight)
+        before = describe_state(model, "cpu")
+        assert describe_state(model, "cpu") == before
+        weight.to_local().mul_(2)
+        assert describe_state(model, "cpu") != before
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_offloaded_weights_are_computed_anew(pair: Pair) -> None:
