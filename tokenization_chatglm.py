@@ -95,7 +95,6 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, DerivedState, TokenizersBa
         self,
         vocab_file: str | None = None,
         tokenizer_file: str | None = None,
-        model_version: str | None = None,
         encode_special_tokens: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -105,7 +104,8 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, DerivedState, TokenizersBa
                 f"{kwargs.get('name_or_path') or 'The folder'} holds no `tokenizer.model`. Copy it from the published "
                 "checkpoint; the tokenizer is made from it."
             )
-        self.chat_format = self._find_format(model_version, source)
+        self.chat_format = self._find_format(kwargs.get("model_version"), source)
+        kwargs["model_version"] = self.chat_format.name
         self.encode_special_tokens = encode_special_tokens
         if vocab_file is not None:
             model = self._load_model(vocab_file, kwargs.get("added_tokens_decoder") or {})
@@ -118,7 +118,6 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, DerivedState, TokenizersBa
         kwargs["response_template"] = kwargs.get("response_template") or self.chat_format.response_template
         super().__init__(
             vocab_file=vocab_file,
-            model_version=self.chat_format.name,
             encode_special_tokens=encode_special_tokens,
             extra_special_tokens=take_extra_tokens(kwargs),
             **kwargs,
@@ -424,8 +423,6 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
             Path of `tokenizer.model`, a list of ranked byte strings.
         tokenizer_file (`str`, *optional*):
             Path of a `tokenizer.json` that this class saved; used where there is no `vocab_file`.
-        model_version (`str`, *optional*):
-            `"glm4"`, the only generation with this vocabulary.
         split_special_tokens (`bool`, *optional*, defaults to `False`):
             Whether the control tokens stay text where they stand in a text given to the tokenizer. They always do in
             the content of messages.

@@ -55,8 +55,6 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
     Args:
         vocab_file (`str`, *optional*):
             Path of `ice_text.model`.
-        model_version (`str`, *optional*):
-            `"chatglm"`, the only generation with this vocabulary.
         num_image_tokens (`int`, *optional*):
             How many ids come before those of the text. When absent: what the `config.json` beside the file tells,
             else 20000, the number of the first published vocabulary (150528 ids), whose files do not hold it.
@@ -87,7 +85,6 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
     def __init__(
         self,
         vocab_file: str | None = None,
-        model_version: str | None = None,
         num_image_tokens: int | None = None,
         do_lower_case: bool = False,
         remove_space: bool = False,
@@ -98,7 +95,7 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
                 f"{kwargs.get('name_or_path') or 'The folder'} holds no `ice_text.model`. Copy it from the published "
                 "checkpoint; the tokenizer is made from it."
             )
-        self.chat_format = self._find_format(model_version, vocab_file)
+        self.chat_format = self._find_format(kwargs.pop("model_version", None), vocab_file)
         self.vocab_file = vocab_file
         self.sp_tokenizer = SPTokenizer(vocab_file, num_image_tokens)
         self.do_lower_case = do_lower_case
