@@ -183,7 +183,9 @@ def build_models(arguments: argparse.Namespace) -> dict[str, nn.Module]:
     """The slice in bfloat16 and float16, and quantized from float16, the dtype of most published checkpoints."""
     _, model_class = load_code()
     config_class = model_class.config_class
-    config = config_class.from_pretrained(REPOSITORY, num_hidden_layers=arguments.layers, dtype=torch.float16)
+    config = config_class.from_pretrained(
+        REPOSITORY, num_hidden_layers=arguments.layers, vocab_size=arguments.vocab, dtype=torch.float16
+    )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
     with torch.device(arguments.device):
@@ -199,7 +201,7 @@ def build_models(arguments: argparse.Namespace) -> dict[str, nn.Module]:
 @torch.no_grad()
 def measure_model(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     models = build_models(arguments)
-    prompt = torch.randint(3, 60000, (1, arguments.prompt), device=arguments.device)
+    prompt = torch.randint(3, arguments.vocab, (1, arguments.prompt), device=arguments.device)
     # On a GPU the library compiles the step with a static cache, which records it as a CUDA graph.
     settings = {"do_sample": False}
     if arguments.device.startswith("cuda"):
@@ -388,6 +390,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all by default")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=65024, help="ids of the model; fewer take less memory")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"), help="of what is not quantized")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 256])
     parser.add_argument("--prompt", type=int, default=256, help="tokens in the prompt")
