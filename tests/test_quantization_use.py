@@ -179,5 +179,8 @@ def test_a_pickled_model(settings: dict[str, Any], tmp_path: Path, make: ModelMa
     kept = sum(tensor.nbytes for tensor in model.state_dict().values())
     assert (tmp_path / "model.pt").stat().st_size < kept + 150_000
     for again in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+        for name, layer in quantized_layers(model).items():
+            assert again.get_submodule(name).weight.equal(layer.weight)
+            assert again.get_submodule(name).weight.dtype == torch.int8
         assert_same_state(again, model)
         assert logits_of(again).equal(expected)
