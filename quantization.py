@@ -78,8 +78,7 @@ class QuantizedLinear(nn.Linear):
         linear: the layer whose sizes and bias are taken over. Codes and scales are on the meta device until
             `quantize_` or a checkpoint gives them.
         bits: 8 or 4.
-        group_size: columns of 4-bit weights that share a scale, or `None` for whole rows. With 8 bits, a scale for
-            each row is precise enough.
+        group_size: columns that share a scale (with 4 bits only), or `None` for whole rows.
         scale_dtype: dtype of the scales.
     """
 
@@ -134,7 +133,7 @@ class QuantizedLinear(nn.Linear):
         return quantized_linear(x, weight, self.weight_scale, self.bias, derived.packed, derived.packed_scales)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The weight as floats, `[out, in]`; by default in the dtype of the bias, or of the scale where there is none."""
+        """The weight as floats, `[out, in]`; by default in the dtype of the bias, or else of the scale."""
         dtype = dtype or (self.weight_scale if self.bias is None else self.bias).dtype
         return dequantize_weight(self.weight, self.weight_scale, self.in_features, dtype)
 
@@ -315,24 +314,22 @@ def read_stored_tensors(files: list[str] | None, weights_only: bool) -> dict[str
 
 
 def expect_stored_weights(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Compare the layers of a model with the tensors that they are about to be loaded from.
+    """Compare the layers of a model with the tensors that they are about to be loaded from, by this model's names.
 
     Quantized layers take over the dtype of the stored scales, which loading would round otherwise.
-
-    Args:
-        tensors: what is stored, under the names of this model with or without those of its head.
 
     Raises:
         ValueError: where one is quantized and the other is not, or in another way.
     """
     base_model, prefix = model.base_model, f"{model.base_model_prefix}."
-    for name in (*names_of_linears(base_model), "output_layer"):
+    for name in (*names_of_linears(base_model), "output_layer", "embedding.word_embeddings"):
         layer: Any = base_model.get_submodule(name)
         full_name = next((full for full in (name, prefix + name) if f"{full}.weight" in tensors), None)
-        if full_name is None or not isinstance(layer, nn.Linear):
+        if full_name is None or not isinstance(layer, nn.Linear | nn.Embedding):
             continue
         weight_scale = tensors.get(f"{full_name}.weight_scale")
-        stored = stored_form(tensors[f"{full_name}.weight"], weight_scale, layer.in_features)
+        in_features = layer.embedding_dim if isinstance(layer, nn.Embedding) else layer.in_features
+        stored = stored_form(tensors[f"{full_name}.weight"], weight_scale, in_features)
         # Floats are expected by a layer that is to be quantized while it is loaded, too.
         is_expected = is_quantized_layer(layer) and layer.weight.dtype == torch.int8
         expected = WeightForm(layer.bits, layer.group_size) if is_expected else WeightForm()
@@ -351,6 +348,8 @@ def wrong_form_message(name: str, stored: WeightForm, expected: WeightForm) -> s
             "Remove `quantization_bit` and `quantization_config` from config.json. To quantize these weights while they "
             f"are loaded, pass `quantization_config={json.dumps(settings)}` to `from_pretrained`."
         )
+    elif name.endswith("word_embeddings"):
+        remedy = "Quantized embeddings are not supported: chatglm-6b-int4, say, is, and chatglm-6b-int4-qe is not."
     elif name.endswith("output_layer"):
         remedy = f'Set `"output_layer_bits": {stored.bits}` in the `quantization_config` of config.json.'
     elif stored.group_size is None:
@@ -563,13 +562,10 @@ class ChatGLMQuantizationMixin(PreTrainedModel):
         group_size: int | None = None,
         output_layer_bits: int | None = None,
     ) -> "ChatGLMQuantizationMixin":
-        """Quantize the linear layers in place, one at a time, each on its own device.
+        """Quantize the linear layers in place, one at a time, each on its own device, and return the model.
 
         Args:
             bits, method, group_size, output_layer_bits: see [`ChatGLMQuantizationConfig`].
-
-        Returns:
-            The model itself.
 
         Raises:
             ValueError: for settings that do not exist, a model that is quantized already, weights that are offloaded
@@ -645,14 +641,16 @@ class ChatGLMQuantizationMixin(PreTrainedModel):
             self.config.__dict__.pop("quantization_config", None)
         return super().save_pretrained(*args, **kwargs)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        is_resized = any(size is not None for size in (*args, *kwargs.values()))
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        is_resized = new_num_tokens is not None or pad_to_multiple_of is not None
         if is_resized and is_quantized_layer(self.get_output_embeddings()):
             raise ValueError(
                 "The output layer is quantized and cannot be resized. Call `model.dequantize()` first, and quantize "
                 "again afterwards."
             )
-        return super().resize_token_embeddings(*args, **kwargs)
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
     def requires_grad_(self, requires_grad: bool = True) -> "ChatGLMQuantizationMixin":
         """Let the float weights train, or freeze them. Codes and their scales stay frozen."""

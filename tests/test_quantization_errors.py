@@ -33,7 +33,7 @@ from quantized import (
     maker,
     quantized_layers,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 
@@ -187,6 +187,19 @@ def test_an_output_layer_that_the_configuration_does_not_know(tmp_path: Path, ma
     model.save_pretrained(tmp_path)
     change_config(tmp_path, quantization_config=as_argument({"bits": 8}))
     with pytest.raises(ValueError, match='output_layer.weight` .*holds int4.*"output_layer_bits": 4'):
+        type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("version", ["chatglm", "chatglm3"])
+def test_quantized_embeddings(version: str, tmp_path: Path, make: ModelMaker) -> None:
+    """As chatglm-6b-int4-qe has them."""
+    model = make(version).quantize(4)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (name,) = (name for name in weights if name.endswith("word_embeddings.weight"))
+    weights |= {name: weights[name][:, ::2].to(torch.int8), f"{name}_scale": torch.ones(99)}
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"word_embeddings.weight` .*holds int4 codes.*not supported"):
         type(model).from_pretrained(tmp_path)
 
 

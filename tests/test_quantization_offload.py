@@ -95,6 +95,24 @@ def test_quantizing_while_loading_to_the_disk(
     assert_still_right(again, logits_of(twin))
 
 
+@pytest.mark.floor
+@both_layouts
+def test_device_maps_count_quantized_weights(version: str, tmp_path: Path, make: ModelMaker) -> None:
+    """What fits as int4 is not sent to the disk because its floats would not."""
+    float_model = make(version, num_layers=6)
+    float_model.save_pretrained(tmp_path)
+    size = sum(weight.nbytes for weight in float_model.parameters())
+    for settings in ({}, {"quantization_config": as_argument({"bits": 4, "output_layer_bits": 8})}):
+        model = type(float_model).from_pretrained(
+            tmp_path,
+            device_map="auto",
+            max_memory={"cpu": int(0.6 * size)},
+            offload_folder=tmp_path / "disk",
+            **settings,
+        )
+        assert any(weight.is_meta for weight in model.parameters()) == (not settings)
+
+
 @both_layouts
 def test_an_output_layer_that_is_quantized_to_the_disk(version: str, tmp_path: Path, make: ModelMaker) -> None:
     """ChatGLM-6B's is the word embedding, and no file holds it a second time."""
