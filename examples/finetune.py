@@ -20,7 +20,8 @@ the files with the data hold. With `accelerate launch` in place of `python` it r
 The output folder gets the result (an adapter, a prefix, or a whole checkpoint that loads by itself), checkpoints to
 resume from, `metrics.json`, `curves.png` and `samples.md` (answers before and after).
 
-Exit codes: 0 done, 1 failed, 2 bad settings or data (nothing was trained), 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 bad settings or data (nothing was trained), 130 interrupted. Where one line is not
+enough, `TRANSFORMERS_VERBOSITY=debug` adds the traceback.
 """
 
 import json
@@ -66,7 +67,8 @@ def prepare(model: ModelArguments, data: DataArguments, run: RunArguments) -> Jo
     # CODEPATH: chatglm-6b; the others are causal.
     if data.packing and config.prefix_lm:
         raise ValueError("packing: ChatGLM-6B reads its context both ways and cannot have two samples in a row")
-    tokenizer = load_tokenizer(Path(model.model))
+    with settings_named("model"):
+        tokenizer = load_tokenizer(Path(model.model))
     samples, rows = {}, {}
     counts: dict[str, int] = {}
     for name, file in (("train", data.train_file), ("eval", data.eval_file)):

@@ -166,7 +166,7 @@ def test_files_of_the_model_that_are_damaged(
         ("config.json", b"{", "error: model: .*config.json is not JSON"),
         ("config.json", b'{"model_type": "llama"}', "error: model: the model_type of .* is 'llama', not 'chatglm'"),
         ("config.json", b'{"model_type": "chatglm", "num_layers": -1}', "error: model: .*-1"),
-        ("tokenizer_config.json", b"[]", "error: .*tokenizer_config.json must hold a JSON object"),
+        ("tokenizer_config.json", b"[]", "error: model: .*tokenizer_config.json must hold a JSON object"),
     ):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(content)
