@@ -22,7 +22,8 @@ import peft
 import pytest
 from finetune_trainer import load_model
 from local_code import load_tokenizer
-from short_runs import finetune, finetune_data, prepare, read_arguments
+
+from .short_runs import finetune, finetune_data, prepare, read_arguments
 
 
 CASES = {"chatglm": "chatglm1", "chatglm2": "chatglm2", "chatglm3": "chatglm3", "glm4": "glm4"}

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from short_runs import finetune, losses, prepare
+
+from .short_runs import finetune, losses, prepare
 
 
 def test_an_adapter_is_trained_on(

@@ -24,10 +24,11 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
-from short_runs import BUNDLED, CONFIGS, METHODS, REPOSITORY, ask, finetune, finetune_data, read_arguments
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.utils import logging
+
+from .short_runs import BUNDLED, CONFIGS, METHODS, REPOSITORY, ask, finetune, finetune_data, read_arguments
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -23,11 +23,11 @@ import pytest
 import yaml
 
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "examples")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import finetune_report  # noqa: E402
-from short_runs import BUNDLED, LEARNING_RATES, METHODS, RECORDS, SETTINGS, finetune, prepare, write_lines  # noqa: E402
+
+from .short_runs import BUNDLED, LEARNING_RATES, METHODS, RECORDS, SETTINGS, finetune, prepare, write_lines  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")

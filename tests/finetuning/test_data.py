@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from short_runs import RECORDS, ask, data_arguments, finetune, finetune_data, prepare, write_lines
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .short_runs import RECORDS, ask, data_arguments, finetune, finetune_data, prepare, write_lines
 
 
 @pytest.mark.parametrize("name", ["chatglm1", "chatglm2", "chatglm3", "glm4"])

@@ -25,7 +25,8 @@ import finetune_report
 import pytest
 import torch
 from safetensors.torch import load_file
-from short_runs import BUNDLED, METHODS, RECORDS, finetune, losses, prepare
+
+from .short_runs import BUNDLED, METHODS, RECORDS, finetune, losses, prepare
 
 
 @pytest.mark.floor

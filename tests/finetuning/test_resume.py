@@ -24,7 +24,8 @@ from pathlib import Path
 
 import pytest
 from finetune_resume import OWN_STATE, SETTINGS_FILE, check_checkpoint
-from short_runs import EXAMPLES, METHODS, finetune, losses, prepare
+
+from .short_runs import EXAMPLES, METHODS, finetune, losses, prepare
 
 
 @pytest.mark.floor

@@ -24,7 +24,8 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import BUNDLED, EXAMPLES, finetune, losses
+
+from .short_runs import BUNDLED, EXAMPLES, finetune, losses
 
 
 def launch(words: list[str], num_processes: int) -> None:

@@ -22,7 +22,8 @@ from typing import Any
 
 import pytest
 from finetune_trainer import count_steps
-from short_runs import BUNDLED, CONFIGS, EXAMPLES, RECORDS, finetune, prepare, read_arguments, write_lines
+
+from .short_runs import BUNDLED, CONFIGS, EXAMPLES, RECORDS, finetune, prepare, read_arguments, write_lines
 
 
 DIALOGUES = str(EXAMPLES / "dialogues.jsonl")
