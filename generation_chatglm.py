@@ -33,7 +33,7 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,7 +51,7 @@ from .conversation_chatglm import ConversationFormat, conversation_format
 History = list[tuple[str, str]] | list[dict[str, Any]]
 
 # How many numbers of each weight `describe_state` looks at, and which attributes of a module it knows already.
-NUM_SAMPLES = 32
+NUM_SAMPLES = 256
 MODULE_ATTRIBUTES = vars(nn.Module()).keys() - {"training"}
 
 
@@ -80,7 +80,7 @@ def describe_state(model: nn.Module, device_type: str) -> str | None:
     """A digest of everything besides the tokens that a cache depends on: weights, adapters, dtypes and settings.
 
     A weight is known by its place in memory, by torch's count of its changes and by some of its numbers. The count
-    alone is not enough: PEFT's merging and `model.half()` go past it.
+    alone is not enough, as PEFT's merging and `model.half()` bypass it. A few numbers changed by `.data` may be missed.
 
     Returns:
         None if some weights are offloaded, because there is nothing to look at.
@@ -193,7 +193,7 @@ class StreamClosed(Exception):
 
 
 class TokenQueue(BaseStreamer):
-    """A streamer for another thread, which takes new tokens, `[batch]` at a time, without the prompt."""
+    """A streamer that hands new tokens to another thread, `[batch]` at a time and without the prompt."""
 
     def __init__(self) -> None:
         self.queue: queue.SimpleQueue[torch.Tensor | BaseException | None] = queue.SimpleQueue()
@@ -226,9 +226,7 @@ def close_open_streams() -> None:
         thread.join()
 
 
-def stream_ids(
-    generate: Callable[..., Any], input_ids: torch.Tensor, cache: Cache | None
-) -> Generator[Any, None, None]:
+def stream_ids(generate: Callable, input_ids: torch.Tensor, cache: Cache | None) -> Generator[Any, None, None]:
     """Run `generate(streamer=...)` in a thread; yield all ids so far, `[batch, seq]`, or pairs of them and the cache."""
     device_type = input_ids.device.type
     # These belong to a thread.
@@ -255,7 +253,10 @@ def stream_ids(
             yield input_ids if cache is None else (input_ids, cache)
     finally:
         streamer.is_closed = True
-        thread.join()
+        while thread.is_alive():
+            # A second Ctrl-C must not leave the thread behind, which may still be writing to the cache.
+            with suppress(KeyboardInterrupt):
+                thread.join()
         OPEN_STREAMS.discard((streamer, thread))
 
 
@@ -400,7 +401,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
-        # A private hook (Transformers 5.17 to 5.23), where alone the length of a static cache is known.
+        # A private hook (Transformers 5.17 to 5.23), the only place that knows the length of a static cache.
         max_cache_length += self.config.pre_seq_len or 0
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -647,7 +648,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         published = defaults.pop("max_length", positions)
         settings = {**defaults, **given, **kwargs, "tokenizer": tokenizer, "return_dict_in_generate": False}
         settings["eos_token_id"] = as_token_ids(settings["eos_token_id"]) or None
-        # One limit, the other as None: what a generation_config.json says about either has no effect then.
+        # Of the two limits one is None, so that a generation_config.json changes neither.
         if settings.setdefault("max_new_tokens", None) is not None:
             settings["max_length"] = None
         elif settings.get("max_length") is None:

@@ -54,17 +54,22 @@ def add_soft_prompt(model: PreTrainedModel, kind: str) -> Any:
     return adapted
 
 
+def read(tokenizer: PreTrainedTokenizerBase, new_ids: torch.Tensor) -> str:
+    ids = new_ids.tolist()
+    return tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.stop_token_ids() else ids).strip()
+
+
 def answer_by_hand(adapted: Any, tokenizer: PreTrainedTokenizerBase, query: str) -> str:
     """The most likely tokens, one forward pass of PEFT's model after the other."""
     ids = tokenizer.build_chat_input(query)["input_ids"]
-    start, stops = ids.shape[1], tokenizer.stop_token_ids()
+    start = ids.shape[1]
     for _ in range(GREEDY["max_new_tokens"]):
         with torch.no_grad():
             logits = adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-        if ids[0, -1] in stops:
-            return tokenizer.decode(ids[0, start:-1])
-    return tokenizer.decode(ids[0, start:])
+        if ids[0, -1] in tokenizer.stop_token_ids():
+            break
+    return read(tokenizer, ids[0, start:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,13 +81,13 @@ def test_soft_prompts_have_their_effect_in_every_kind_of_chat(
     plain = model.chat(tokenizer, "你好", **GREEDY)
     adapted = add_soft_prompt(model, kind)
     expected = adapted.chat(tokenizer, "你好", **GREEDY)
-    assert expected[0].strip() == answer_by_hand(adapted, tokenizer, "你好").strip()
+    assert expected[0].strip() == answer_by_hand(adapted, tokenizer, "你好")
     assert expected != plain
     assert list(adapted.stream_chat(tokenizer, "你好", **GREEDY))[-1] == expected
     assert adapted.batch_chat(tokenizer, ["你好", "a longer message"], **GREEDY)[0][0] == expected[0]
     ids = tokenizer.build_chat_input("你好")["input_ids"]
     streamed = list(adapted.stream_generate(ids, eos_token_id=tokenizer.stop_token_ids(), **GREEDY))
-    assert tokenizer.decode(streamed[-1][0, ids.shape[1] :], skip_special_tokens=True).strip() == expected[0].strip()
+    assert read(tokenizer, streamed[-1][0, ids.shape[1] :]) == expected[0].strip()
     # The model inside knows nothing of it.
     assert model.chat(tokenizer, "你好", **GREEDY) == plain
     with adapted.disable_adapter():
@@ -149,9 +154,7 @@ def test_lora_chats(make_pair: Callable[[str], Pair], name: str) -> None:
     assert expected != plain
     inputs = tokenizer.build_chat_input("你好")
     output = adapted.generate(**inputs, eos_token_id=tokenizer.stop_token_ids(), **GREEDY)
-    new_ids = output[0, inputs["input_ids"].shape[1] :].tolist()
-    new_ids = new_ids[:-1] if new_ids[-1] in tokenizer.stop_token_ids() else new_ids
-    assert tokenizer.decode(new_ids).strip() == expected[0].strip()
+    assert read(tokenizer, output[0, inputs["input_ids"].shape[1] :]) == expected[0].strip()
     assert list(adapted.stream_chat(tokenizer, "你好", **GREEDY))[-1] == expected
     with adapted.disable_adapter():
         assert adapted.chat(tokenizer, "你好", **GREEDY) == plain

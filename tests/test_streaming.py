@@ -15,6 +15,7 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,26 @@ def test_bad_prompts_are_refused_at_the_call(pair: Pair) -> None:
             model.stream_generate(ids, **GREEDY)
     with pytest.raises(ValueError, match="num_beams=2"):
         model.stream_generate(torch.tensor([[5, 6]]), generation_config=GenerationConfig(num_beams=2))
+
+
+def test_a_second_interruption_waits_for_the_thread(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = pair
+    before, joins = threading.active_count(), []
+    join = threading.Thread.join
+
+    def interrupted_join(self: threading.Thread, timeout: float | None = None) -> None:
+        joins.append(self)
+        if len(joins) == 1:
+            raise KeyboardInterrupt
+        join(self, timeout)
+
+    *_, cache = model.chat(tokenizer, "你好", return_past_key_values=True, **GREEDY)
+    stream = model.stream_chat(tokenizer, "你好", past_key_values=cache, do_sample=False, eos_token_id=None)
+    next(stream)
+    monkeypatch.setattr(threading.Thread, "join", interrupted_join)
+    stream.close()
+    assert len(joins) == 2
+    assert threading.active_count() == before
 
 
 PROGRAM = """
