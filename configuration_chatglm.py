@@ -50,6 +50,15 @@ __version__ = "0.2.0"
 
 logger = logging.get_logger(__name__)
 
+# The classes that a saved model's Auto classes find. The published files of ChatGLM-6B lack some.
+AUTO_MAP = {
+    "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+    "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    "AutoModelForSequenceClassification": "modeling_chatglm.ChatGLMForSequenceClassification",
+}
+
 # The library's name of a value -> its name in the published files.
 PUBLISHED_KEYS = {
     "num_hidden_layers": "num_layers",
@@ -165,7 +174,7 @@ def infer_model_version(config: Mapping[str, Any]) -> str | None:
     for generation, features in GENERATION_FEATURES.items():
         if any(config.get(key) for key in features.own_keys):
             return generation
-    eos_token_id = config.get("eos_token_id")
+    eos_token_id: Any = config.get("eos_token_id")
     has_end_tokens = isinstance(eos_token_id, (list, tuple)) and config.get("pad_token_id") in eos_token_id
     for generation, features in GENERATION_FEATURES.items():
         # Trainers make the other generations pad with their end token too: `</s>`, id 2.
@@ -330,15 +339,16 @@ class ChatGLMConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
-        if self.num_attention_heads % self.num_key_value_heads != 0:
+        num_key_value_heads, head_dim = self.num_key_value_heads or 0, self.head_dim or 0
+        if self.num_attention_heads % num_key_value_heads != 0:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of the number of key/value "
-                f"heads, `num_key_value_heads` ({self.num_key_value_heads})."
+                f"heads, `num_key_value_heads` ({num_key_value_heads})."
             )
-        if self.head_dim % 4 != 0:
+        if head_dim % 4 != 0:
             raise ValueError(
                 f"`head_dim` (`kv_channels`) must be a multiple of 4, because half of a head is rotated in "
-                f"pairs; got {self.head_dim}."
+                f"pairs; got {head_dim}."
             )
         if self.quantization_bit not in (None, 0, 4, 8):
             raise ValueError(f"`quantization_bit` must be 0, 4 or 8, got {self.quantization_bit}.")
@@ -406,7 +416,7 @@ class ChatGLMConfig(PreTrainedConfig):
     @property
     def prefix_size(self) -> int:
         """How many numbers a P-tuning prefix has for each virtual token: keys and values of every layer."""
-        return self.num_hidden_layers * 2 * self.num_key_value_heads * self.head_dim
+        return self.num_hidden_layers * 2 * (self.num_key_value_heads or 0) * (self.head_dim or 0)
 
     @property
     def prefix_embedding_size(self) -> int:
@@ -441,11 +451,18 @@ class ChatGLMConfig(PreTrainedConfig):
         # The published code knows `quantization_bit` alone, and its library rejects any `quantization_config`.
         if config_dict.get("quantization_bit"):
             config_dict.pop("quantization_config", None)
+        if auto_map := config_dict.get("auto_map"):
+            # Names loaded from a hub have its repository before `--`, whose code would be loaded instead of the saved.
+            local = {
+                name: value for name, value in auto_map.items() if str(value).split("--")[-1] != AUTO_MAP.get(name)
+            }
+            config_dict["auto_map"] = {**AUTO_MAP, **local}
         published_keys = self.features.published_keys
         return {published_keys.get(key, key): value for key, value in config_dict.items()}
 
 
 __all__ = [
+    "AUTO_MAP",
     "ChatGLMConfig",
     "GENERATION_FEATURES",
     "GenerationFeatures",

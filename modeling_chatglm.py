@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -47,6 +48,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -55,10 +57,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_chatglm import GENERATION_FEATURES, ChatGLMConfig
 from .generation_chatglm import ChatGLMGenerationMixin
 from .modeling_positions import (
+    continue_prefix_lm_positions,
     count_positions,
+    is_first_step,
     make_mask,
     make_prefix_lm_inputs,
+    make_room_for_prefix,
     prefix_lm_positions,
+    recall_ids,
     reduce_published_mask,
     unmask_empty_rows,
 )
@@ -68,6 +74,7 @@ from .modeling_prefix import (
     PrefixGenerationMixin,
     PrefixModelMixin,
     PrefixTuningMixin,
+    lacks_prefix,
 )
 from .quantization import ChatGLMQuantizationMixin, init_quantized_linear
 
@@ -139,8 +146,8 @@ class ChatGLMRotaryEmbedding(nn.Module):
         self.rope_type = "default"
         inv_freq, self.attention_scaling = self.compute_default_rope_parameters(config)
         # Two buffers under the names that the library recomputes after building a model on the meta device.
-        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
-        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+        self.inv_freq: torch.Tensor = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq: torch.Tensor = nn.Buffer(inv_freq.clone(), persistent=False)
 
     @staticmethod
     def compute_default_rope_parameters(
@@ -197,7 +204,7 @@ def repeat_kv(states: torch.Tensor, num_key_value_groups: int) -> torch.Tensor:
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -271,7 +278,7 @@ class ChatGLMAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        module = self
+        module: Any = self
         is_folded = attention_mask is None and self.should_fold_query_heads(attention_interface, query_states)
         if is_folded:
             module = FOLDED_HEADS
@@ -376,6 +383,23 @@ def tie_last_hidden_state(forward: Callable) -> Callable:
     return wrapper
 
 
+def take_published_names(model: PreTrainedModel, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Let `load_state_dict` take what `save_pretrained` has written, as Trainer wants it to when it resumes.
+
+    Saved files have the published names, and a tied output layer is only in them as the word embedding.
+    """
+    names = {**model.config.published_names, "classifier_head_score.": "classifier_head."}
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        name = key.removeprefix(prefix)
+        for ours, published in names.items():
+            name = name.replace(published, ours)
+        state_dict[prefix + name] = state_dict.pop(key)
+    if model.config.tie_word_embeddings:
+        for tied, source in model.all_tied_weights_keys.items():
+            if prefix + source in state_dict:
+                state_dict.setdefault(prefix + tied, state_dict[prefix + source])
+
+
 @auto_docstring
 class ChatGLMPreTrainedModel(PrefixTuningMixin, ChatGLMQuantizationMixin, PreTrainedModel):
     config: ChatGLMConfig
@@ -413,7 +437,11 @@ class ChatGLMPreTrainedModel(PrefixTuningMixin, ChatGLMQuantizationMixin, PreTra
         model.freeze_base_model()
         return loaded
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.register_load_state_dict_pre_hook(take_published_names)
+
+    def _init_weights(self, module: Any) -> None:
         prefix_encoder = self.base_model.prefix_encoder
         # Not by its class, which may come from another checkpoint's copy of this code.
         if hasattr(module, "weight_scale"):
@@ -422,6 +450,9 @@ class ChatGLMPreTrainedModel(PrefixTuningMixin, ChatGLMQuantizationMixin, PreTra
             # As published, PyTorch's own: a standard normal embedding. Published learning rates are made for it; from
             # `initializer_range` a prefix is learnt several times slower.
             module.reset_parameters()
+        elif isinstance(module, ChatGLMClassifierHead):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
         else:
             super()._init_weights(module)
 
@@ -490,27 +521,31 @@ class ChatGLMModel(PrefixModelMixin, ChatGLMPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        is_first_step = past_key_values is None or not past_key_values.is_initialized
+        seq_len = inputs_embeds.shape[1]
+        prefix_length = self.config.pre_seq_len or 0
+        is_first = is_first_step(past_key_values, seq_len) if prefix_length == 0 else lacks_prefix(past_key_values)
         # CODEPATH: chatglm-6b, whose tokenizer returns a mask of its own kind. A mask made for a static cache is not it.
-        if self.config.prefix_lm and is_first_step and not getattr(past_key_values, "is_compileable", False):
+        if self.config.prefix_lm and is_first and not getattr(past_key_values, "is_compileable", False):
             attention_mask = reduce_published_mask(attention_mask)
         # CODEPATH: chatglm-6b; the others are causal and have one position for each token.
         if self.config.prefix_lm:
+            known_ids = recall_ids(past_key_values, input_ids, position_ids, is_first, prefix_length)
             position_ids, token_type_ids = make_prefix_lm_inputs(
-                self.config, input_ids, attention_mask, position_ids, token_type_ids, is_first_step
+                self.config, known_ids, seq_len, attention_mask, position_ids, token_type_ids, is_first
             )
+        given_position_ids = position_ids
         num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         prefix_cache = None
         # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
         if self.prefix_encoder is not None:
             past_key_values, prefix_cache = self.add_prefix(past_key_values, inputs_embeds)
-            num_cached = past_key_values.get_seq_length() - self.config.pre_seq_len
+            num_cached = past_key_values.get_seq_length() - prefix_length
         if position_ids is None:
-            position_ids = count_positions(attention_mask, inputs_embeds.shape[1], num_cached, inputs_embeds.device)
-        if self.prefix_encoder is not None and attention_mask is not None and attention_mask.ndim == 2:
-            attention_mask = F.pad(attention_mask, (self.config.pre_seq_len, 0), value=1)
+            position_ids = count_positions(attention_mask, seq_len, num_cached, inputs_embeds.device)
+        if self.prefix_encoder is not None:
+            attention_mask = make_room_for_prefix(attention_mask, prefix_length, num_cached + seq_len)
         mask = make_mask(
-            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, token_type_ids, is_first_step
+            self.config, inputs_embeds, attention_mask, past_key_values, given_position_ids, token_type_ids, is_first
         )
         # CODEPATH: no published checkpoint keeps the residual stream in float32; the flag is for trainers.
         hidden_states = inputs_embeds.float() if self.config.fp32_residual_connection else inputs_embeds
@@ -591,6 +626,7 @@ class ChatGLMForConditionalGeneration(PrefixGenerationMixin, ChatGLMPreTrainedMo
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        prompt_position_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
@@ -600,11 +636,10 @@ class ChatGLMForConditionalGeneration(PrefixGenerationMixin, ChatGLMPreTrainedMo
         if self.config.prefix_lm and inputs_embeds is None:
             position_ids, kwargs["token_type_ids"] = prefix_lm_positions(self.config, input_ids, attention_mask)
         # CODEPATH: chatglm-6b from embeddings, with the positions of the caller.
-        elif self.config.prefix_lm and position_ids.ndim == 3:
-            # The library counts both rows on, but the token position stands still in the answer.
-            position_ids = position_ids.clone()
-            prompt_length = position_ids.shape[-1] - input_ids.shape[1]
-            position_ids[:, 0, prompt_length:] = position_ids[:, 0, prompt_length - 1 : prompt_length]
+        elif prompt_position_ids is not None and position_ids is not None:
+            num_new_tokens = position_ids.shape[-1] - prompt_position_ids.shape[-1]
+            position_ids = continue_prefix_lm_positions(prompt_position_ids, num_new_tokens)
+            kwargs["token_type_ids"] = (position_ids[:, 1] == 0).long()
         return super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
         )
@@ -629,8 +664,27 @@ class ChatGLMForConditionalGeneration(PrefixGenerationMixin, ChatGLMPreTrainedMo
         )
 
 
+class ChatGLMClassifierHead(nn.Module):
+    """A linear layer. It is no `nn.Linear`, to which PEFT's "all-linear" would add an adapter.
+
+    PEFT trains and saves modules whose name ends in `score`; in files the head has its published name.
+    """
+
+    def __init__(self, hidden_size: int, num_labels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_labels, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_labels))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden_states, self.weight, self.bias)
+
+
 @auto_docstring(custom_intro="A linear classifier on the last real token of each row.")
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
+    # The loss is the mean of a batch, so Trainer must divide it by the number of batches that it accumulates.
+    accepts_loss_kwargs = False
+    # PEFT reads this for adapters whose `modules_to_save` was the published name.
+    _checkpoint_conversion_mapping = {r"^classifier_head\.": "classifier_head_score."}
     _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
 
     def __init__(self, config: ChatGLMConfig) -> None:
@@ -638,9 +692,14 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         self.num_labels = config.num_labels
         self.transformer = ChatGLMModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
-        self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier_head_score = ChatGLMClassifierHead(config.hidden_size, config.num_labels)
         self.freeze_base_model()
         self.post_init()
+
+    @property
+    def classifier_head(self) -> nn.Module:
+        """The linear classifier, by its published name."""
+        return self.classifier_head_score
 
     def freeze_base_model(self) -> None:
         super().freeze_base_model()
@@ -683,11 +742,11 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
                 f"The last token of each row is read off an attention mask [batch, seq], got {attention_mask.shape}."
             )
         rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
-        last_token = -1
+        last_token: int | torch.Tensor = -1
         if attention_mask is not None:
             real_tokens = attention_mask[:, -hidden_states.shape[1] :].to(hidden_states.device)
             last_token = (real_tokens * torch.arange(hidden_states.shape[1], device=hidden_states.device)).argmax(-1)
-        logits = self.classifier_head(self.dropout(hidden_states[rows, last_token]))
+        logits = self.classifier_head_score(self.dropout(hidden_states[rows, last_token]))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
@@ -713,10 +772,13 @@ def weight_renamings() -> list[WeightRenaming]:
     }
     there = [WeightRenaming(re.escape(ours), re.escape(published)) for ours, published in names.items()]
     back = [WeightRenaming(re.escape(published), re.escape(ours)) for ours, published in names.items()]
-    return there + back
+    return [*there, *back, WeightRenaming(r"classifier_head\.", r"classifier_head_score\.")]
 
 
 register_checkpoint_conversion_mapping("chatglm", weight_renamings(), overwrite=True)
+
+# Trainer shifts labels, which label smoothing needs, for the classes that are listed here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["chatglm"] = "ChatGLMForConditionalGeneration"
 
 
 __all__ = [

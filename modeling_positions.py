@@ -22,13 +22,15 @@ What is unusual here:
 - A mask never hides everything from a query: padding positions get some attention instead of NaN.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.utils import logging
 
 
@@ -37,14 +39,30 @@ logger = logging.get_logger(__name__)
 
 def reduce_published_mask(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """The mask of ChatGLM-6B's tokenizer, bool `[batch, 1, seq, seq]`, true = hidden, as `[batch, seq]`, 1 = real."""
-    if attention_mask is None or attention_mask.ndim == 2 or attention_mask.dtype != torch.bool:
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim == 2 or attention_mask.dtype != torch.bool:
         return attention_mask
     return (~attention_mask).any(dim=-2)[:, 0].long()
 
 
+def is_padding_mask(attention_mask: Any) -> TypeGuard[torch.Tensor]:
+    """Whether a mask is `[batch, seq]`, 1 for real tokens; a flex attention's mask is no tensor at all."""
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+
+
+def is_first_step(cache: Cache | None, num_new_tokens: int) -> bool:
+    """Whether a cache holds no tokens yet, `num_new_tokens` being about to come."""
+    if cache is None or not cache.is_initialized:
+        return True
+    length = cache.get_seq_length()
+    if not isinstance(length, torch.Tensor):
+        return length == 0
+    # A static cache that was reset. It counts on the device, and neither compiled code nor a single step waits for that.
+    return num_new_tokens > 1 and not torch.compiler.is_compiling() and length.item() == 0
+
+
 def count_positions(
     attention_mask: torch.Tensor | None, seq_len: int, num_cached: int | torch.Tensor, device: torch.device
-) -> torch.LongTensor:
+) -> torch.Tensor:
     """Positions `[batch or 1, seq]` of a causal model: real tokens count from 0, padding is 0.
 
     Args:
@@ -53,15 +71,15 @@ def count_positions(
         num_cached: how many tokens the cache holds.
         device: where the positions are needed.
     """
-    if attention_mask is not None and attention_mask.ndim == 2:
+    if is_padding_mask(attention_mask):
         positions = attention_mask.long().cumsum(-1) - 1
         return positions.masked_fill(attention_mask == 0, 0)[:, -seq_len:]
     return (torch.arange(seq_len, device=device) + num_cached).unsqueeze(0)
 
 
 def prefix_lm_positions(
-    config: PreTrainedConfig, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
-) -> tuple[torch.LongTensor, torch.LongTensor]:
+    config: PreTrainedConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions and context of ChatGLM-6B (GLM, https://arxiv.org/abs/2103.10360), read off the ids.
 
     The context ends where the first `<sop>` stands. The tokens from there on have the position of the mask token that
@@ -99,22 +117,75 @@ def prefix_lm_positions(
     return torch.stack((position, block_position), dim=1), token_types
 
 
+def continue_prefix_lm_positions(position_ids: torch.Tensor, num_new_tokens: int) -> torch.Tensor:
+    """Positions `[batch, 2, seq]` of a prompt of ChatGLM-6B and of the answer that follows it."""
+    count = torch.arange(1, num_new_tokens + 1, device=position_ids.device)
+    last = position_ids[..., -1:]
+    # The token position stands still in an answer, and the block position counts on.
+    return torch.cat((position_ids, torch.cat((last[:, :1] + 0 * count, last[:, 1:] + count), dim=1)), dim=-1)
+
+
+def recall_ids(
+    cache: Cache | None,
+    input_ids: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    is_first_step: bool,
+    prefix_length: int,
+) -> torch.Tensor | None:
+    """All ids that a cache holds with the new ones, `[batch, cached + seq]`; `None` if they are not known.
+
+    ChatGLM-6B's positions depend on all of them. Whoever continues a cache without `position_ids`, as classifier-free
+    guidance does, gets them from the cache itself, which keeps the ids until positions are given.
+    """
+    known_ids = input_ids if is_first_step else None
+    if cache is None or cache.is_compileable:
+        return known_ids
+    held_ids = getattr(cache, "held_ids", None)
+    if not is_first_step and held_ids is not None and input_ids is not None:
+        num_cached = cache.get_seq_length() - prefix_length
+        known_ids = torch.cat((held_ids, input_ids), dim=1) if held_ids.shape[1] == num_cached else None
+    cache.held_ids = known_ids if position_ids is None else None
+    return known_ids
+
+
 def make_prefix_lm_inputs(
     config: PreTrainedConfig,
-    input_ids: torch.LongTensor | None,
+    known_ids: torch.Tensor | None,
+    seq_len: int,
     attention_mask: torch.Tensor | None,
-    position_ids: torch.LongTensor | None,
-    token_type_ids: torch.LongTensor | None,
+    position_ids: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
     is_first_step: bool,
-) -> tuple[torch.LongTensor | None, torch.LongTensor | None]:
-    """Fill in positions and token types of ChatGLM-6B, as far as ids or the other of the two tell them."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Fill in positions and token types of ChatGLM-6B, as far as ids or the other of the two tell them.
+
+    Args:
+        config: of the model.
+        known_ids: all ids from the first token on, `[batch, cached + seq]`, if they are known.
+        seq_len: the number of new tokens.
+        attention_mask: `[batch, cached + seq]`; masks of other forms are not looked at.
+        position_ids: of the new tokens, if they are given.
+        token_type_ids: of the new tokens, 1 for the context, if they are given.
+        is_first_step: whether the new tokens are all there are.
+
+    Raises:
+        ValueError: if nothing tells the positions, or they have a row too many.
+    """
+    # CODEPATH: no published checkpoint has one-dimensional positions, and the tokenizer does not know of them.
+    if position_ids is not None and position_ids.ndim == 3 and not config.position_encoding_2d:
+        if known_ids is None:
+            raise ValueError(
+                "`position_ids` have two rows, but this model has `position_encoding_2d: false`. Give one row, of shape "
+                "[batch, seq]."
+            )
+        position_ids = None
     if position_ids is not None and token_type_ids is not None:
         return position_ids, token_type_ids
-    if input_ids is not None and is_first_step:
-        mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        found_position_ids, found_token_type_ids = prefix_lm_positions(config, input_ids, mask)
-        position_ids = found_position_ids if position_ids is None else position_ids
-        token_type_ids = found_token_type_ids if token_type_ids is None else token_type_ids
+    if known_ids is not None:
+        mask = attention_mask if is_padding_mask(attention_mask) else None
+        found_position_ids, found_token_type_ids = prefix_lm_positions(config, known_ids, mask)
+        position_ids = found_position_ids[..., -seq_len:] if position_ids is None else position_ids
+        token_type_ids = found_token_type_ids[..., -seq_len:] if token_type_ids is None else token_type_ids
     elif position_ids is None and not is_first_step:
         raise ValueError(
             "Give `position_ids` when a cache is continued by hand: those of ChatGLM-6B depend on tokens that are "
@@ -144,39 +215,122 @@ def unmask_empty_rows(attention_mask: torch.Tensor | None) -> torch.Tensor | Non
     return attention_mask.masked_fill(is_empty, 0.0)
 
 
+def make_room_for_prefix(attention_mask: Any, prefix_length: int, num_tokens: int | torch.Tensor) -> Any:
+    """Let all tokens see a P-tuning prefix that a mask leaves out.
+
+    Args:
+        attention_mask: `[batch, tokens]`, `[batch, 1, seq, tokens]`, or a mask that has a place for the prefix.
+        prefix_length: how many virtual tokens come before the first token.
+        num_tokens: how many tokens are in the cache or new; a static cache's mask is made with the prefix.
+    """
+    is_given = isinstance(attention_mask, torch.Tensor) and isinstance(num_tokens, int)
+    if is_padding_mask(attention_mask) or (is_given and attention_mask.shape[-1] == num_tokens):
+        return F.pad(attention_mask, (prefix_length, 0), value=0 if attention_mask.is_floating_point() else 1)
+    return attention_mask
+
+
+def adapt_given_mask(attention_mask: torch.Tensor, dtype: torch.dtype, implementation: str | None) -> Any:
+    """Bring a mask `[batch, 1, seq, kv_seq]` of the caller into the form that the attention takes.
+
+    Args:
+        attention_mask: booleans or integers, true = visible, or floats that are added to the scores.
+        dtype: of the model.
+        implementation: of the attention. Only SDPA takes booleans; the others add whatever they get.
+    """
+    if attention_mask.is_floating_point():
+        # Minus infinity in a whole row would become NaN.
+        return attention_mask.to(dtype).clamp(min=torch.finfo(dtype).min)
+    attention_mask = attention_mask.bool()
+    if implementation == "sdpa":
+        return attention_mask
+    if implementation == "flex_attention":
+        batch_size, _, seq_len, kv_len = attention_mask.shape
+
+        def is_visible(
+            batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+        ) -> torch.Tensor:
+            # Blocks reach beyond the ends.
+            return attention_mask[batch, 0, query.clamp(max=seq_len - 1), key.clamp(max=kv_len - 1)]
+
+        return create_block_mask(is_visible, batch_size, None, seq_len, kv_len, device=attention_mask.device)
+    return torch.zeros_like(attention_mask, dtype=dtype).masked_fill(~attention_mask, torch.finfo(dtype).min)
+
+
+def same_sample_function(position_ids: torch.Tensor, prefix_length: int) -> Callable | None:
+    """The mask function of samples that are packed into one row, or `None` if each row holds one sample.
+
+    The library has this for models without a cache, which P-tuning always has.
+
+    Args:
+        position_ids: `[batch, seq]`; a sample begins wherever they do not count on.
+        prefix_length: virtual tokens that come first and belong to all samples.
+    """
+    if (samples := find_packed_sequence_indices(position_ids)) is None:
+        return None
+    samples = F.pad(samples, (prefix_length, 0), value=-1)
+    last = samples.shape[1] - 1
+
+    def is_same_sample(
+        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        # A static cache has places that are not filled yet; they come later and are hidden anyway.
+        key_sample = samples[batch, key.clamp(max=last)]
+        return (key_sample < 0) | (key_sample == samples[batch, query.clamp(max=last)])
+
+    return is_same_sample
+
+
 def make_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Any,
     past_key_values: Cache | None,
-    position_ids: torch.LongTensor,
-    token_type_ids: torch.LongTensor | None,
+    position_ids: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
     is_first_step: bool,
 ) -> Any:
-    """The one mask of a forward pass: causal, and for the context of ChatGLM-6B bidirectional."""
-    block_sequence_ids = None
+    """The one mask of a forward pass: causal, and for the context of ChatGLM-6B bidirectional.
+
+    Args:
+        config: of the model.
+        inputs_embeds: `[batch, seq, width]`, of which sizes, dtype and device matter.
+        attention_mask: `[batch, prefix + tokens]`, 1 for real tokens, or a whole mask `[batch, 1, seq, kv_seq]`.
+        past_key_values: the cache, with the prefix.
+        position_ids: `[batch, seq]` as the caller gave them, if they may tell packed samples apart.
+        token_type_ids: `[batch, seq]` of ChatGLM-6B, 1 for the context.
+        is_first_step: whether the new tokens are all there are.
+    """
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+        attention_mask = attention_mask.expand(inputs_embeds.shape[0], -1, -1, -1)
+        return adapt_given_mask(attention_mask, inputs_embeds.dtype, config._attn_implementation)
+    prefix_length = config.pre_seq_len or 0
+    block_sequence_ids, is_same_sample = None, None
     # CODEPATH: chatglm-6b, whose context is in the first step as a whole; whatever follows sees all of it.
     if config.prefix_lm and is_first_step and token_type_ids is not None:
-        block_sequence_ids = torch.where(token_type_ids == 1, 0, -1)
-        # CODEPATH: chatglm-6b with a P-tuning prefix, which everything sees because it comes first.
-        if config.pre_seq_len is not None:
-            block_sequence_ids = F.pad(block_sequence_ids, (config.pre_seq_len, 0), value=-1)
+        block_sequence_ids = F.pad(torch.where(token_type_ids == 1, 0, -1), (prefix_length, 0), value=-1)
+    # CODEPATH: chatglm2, chatglm3, glm4; chatglm-6b's positions come in two rows and stand still.
+    if not config.prefix_lm and is_first_step and attention_mask is None and position_ids is not None:
+        position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
+        is_same_sample = same_sample_function(position_ids, prefix_length)
     return create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
-        # CODEPATH: chatglm-6b; positions tell packed sequences apart, but its own stand still and come in two rows.
-        position_ids=None if config.prefix_lm else position_ids,
+        and_mask_function=is_same_sample,
         block_sequence_ids=block_sequence_ids,
     )
 
 
 __all__ = [
+    "continue_prefix_lm_positions",
     "count_positions",
+    "is_first_step",
     "make_mask",
     "make_prefix_lm_inputs",
+    "make_room_for_prefix",
     "prefix_lm_positions",
+    "recall_ids",
     "reduce_published_mask",
     "unmask_empty_rows",
 ]

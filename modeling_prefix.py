@@ -29,6 +29,8 @@ import json
 import os
 import pickle
 import zipfile
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,13 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+
+try:
+    from accelerate.utils import align_module_device
+except ImportError:
+    # Then nothing is offloaded.
+    from contextlib import nullcontext as align_module_device
 
 
 # Layers x 2 x key/value heads x width of a head: what a prefix has for each of its tokens.
@@ -188,9 +197,16 @@ class PrefixEncoder(nn.Module):
             )
         self.dropout = nn.Dropout(0.1)
 
-    def forward(self, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of each layer, `[batch, kv_heads, prefix, head_dim]` each."""
-        prefix = self.embedding.weight  # [prefix, layers * 2 * kv_heads * head_dim]
+    def forward(self, batch_size: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each layer, `[batch, kv_heads, prefix, head_dim]` each.
+
+        Args:
+            batch_size: of the keys and values.
+            device: that of the model's input, in case the weights are offloaded.
+        """
+        # Weights that are offloaded are on the meta device, and come only when their module is called.
+        device = device if self.embedding.weight.is_meta else self.embedding.weight.device
+        prefix = self.embedding(torch.arange(self.pre_seq_len, device=device))  # [prefix, width of the embedding]
         if self.prefix_projection:
             prefix = self.trans(prefix)
         prefix = prefix.view(self.pre_seq_len, self.num_layers, 2, self.num_key_value_heads, -1)
@@ -244,15 +260,25 @@ def make_prefix_encoder(config: PreTrainedConfig, weights: dict[str, torch.Tenso
     return encoder
 
 
-def is_empty_cache(cache: Cache | None, num_new_tokens: int) -> bool:
-    """Whether a cache holds nothing yet, not even a prefix, `num_new_tokens` being about to come."""
+def lacks_prefix(cache: Cache | None) -> bool:
+    """Whether a cache holds nothing yet, not even a prefix."""
     if cache is None or not cache.is_initialized:
         return True
-    length = cache.get_seq_length()
-    if not isinstance(length, torch.Tensor):
-        return length == 0
-    # A static cache that was reset. It counts on the device, which neither compiled code nor a single step is to wait for.
-    return num_new_tokens > 1 and not torch.compiler.is_compiling() and length.item() == 0
+    return not getattr(cache, "holds_prefix", False) if cache.is_compileable else cache.get_seq_length() == 0
+
+
+class PrefixReset:
+    """Takes the place of `reset` in a static cache with a prefix, and notes that the prefix is gone.
+
+    Such a cache counts its tokens on the device, and neither compiled code nor a single step should wait for that.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+    def __call__(self) -> None:
+        type(self.cache).reset(self.cache)
+        self.cache.holds_prefix = False
 
 
 class PrefixLayer(DynamicLayer):
@@ -282,13 +308,17 @@ class PrefixCache(Cache):
     """
 
     def __init__(self, prefix: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        self.originals = [tensor for pair in prefix for tensor in pair]
-        self.copies = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.originals]
+        self.originals = self.copies = [tensor for pair in prefix for tensor in pair]
+        # Compiled code runs backward once, and a compiler loses the gradients of copies.
+        if not torch.compiler.is_compiling():
+            self.copies = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.originals]
         pairs = zip(self.copies[::2], self.copies[1::2])
         super().__init__(layers=[PrefixLayer(keys, values) for keys, values in pairs])
 
     def pass_gradients(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the input of the first layer unchanged; its backward, the last of all layers, serves the prefix."""
+        if self.copies is self.originals:
+            return hidden_states
         return PrefixGradients.apply(hidden_states, self.copies, *self.originals)
 
 
@@ -312,6 +342,13 @@ class PrefixGradients(torch.autograd.Function):
 
 class PrefixTuningMixin:
     """What every ChatGLM model does about a prefix."""
+
+    # Of the model.
+    config: Any
+    config_class: Any
+    base_model: Any
+    training: bool
+    get_input_embeddings: Callable[[], nn.Embedding]
 
     @classmethod
     def check_stored_prefix(cls, path: Any = None, *args: Any, config: Any = None, **kwargs: Any) -> None:
@@ -371,21 +408,30 @@ class PrefixTuningMixin:
         """
         if (encoder := self.base_model.prefix_encoder) is None:
             raise ValueError("This model has no prefix to save. Load it with `pre_seq_len=128`, say, and train it.")
-        weights = {f"transformer.{PREFIX_KEY}{name}": weight for name, weight in encoder.named_parameters()}
-        return write_prefix(weights, Path(path))
+        with ExitStack() as loaded:
+            for module in encoder.modules():
+                loaded.enter_context(align_module_device(module))
+            weights = {f"transformer.{PREFIX_KEY}{name}": weight for name, weight in encoder.named_parameters()}
+            return write_prefix(weights, Path(path))
 
 
 class PrefixModelMixin:
     """How the model below the heads uses a prefix."""
+
+    # Of the model.
+    encoder: Any
+    prefix_encoder: Any
+    gradient_checkpointing: bool
+    training: bool
 
     def make_prefix(
         self, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values `[batch, kv_heads, prefix, head_dim]` of each layer, on the device where that layer is."""
         prefix = []
-        for layer, states in zip(self.encoder.layers, self.prefix_encoder(batch_size)):
+        for layer, states in zip(self.encoder.layers, self.prefix_encoder(batch_size, device)):
             weight = layer.input_layernorm.weight
-            # The weights of a layer that is offloaded are on the meta device until they are used.
+            # Nor does an offloaded layer tell where it is going to be computed.
             layer_device = device if weight.is_meta else weight.device
             prefix.append((states[0].to(layer_device, dtype), states[1].to(layer_device, dtype)))
         return prefix
@@ -394,6 +440,8 @@ class PrefixModelMixin:
         """Put the prefix into an empty cache."""
         for layer_idx, (keys, values) in enumerate(self.make_prefix(batch_size, dtype, device)):
             cache.update(keys, values, layer_idx)
+        if cache.is_compileable:
+            cache.holds_prefix, cache.reset = True, PrefixReset(cache)
 
     def add_prefix(
         self, past_key_values: Cache | None, inputs_embeds: torch.Tensor
@@ -408,7 +456,7 @@ class PrefixModelMixin:
         """
         batch_size, dtype, device = inputs_embeds.shape[0], inputs_embeds.dtype, inputs_embeds.device
         is_checkpointed = self.gradient_checkpointing and self.training
-        if not is_empty_cache(past_key_values, inputs_embeds.shape[1]):
+        if not lacks_prefix(past_key_values):
             if is_checkpointed:
                 raise ValueError(
                     "Gradient checkpointing computes layers twice, so a cache with a P-tuning prefix (`pre_seq_len`) "
@@ -426,6 +474,12 @@ class PrefixModelMixin:
 class PrefixGenerationMixin:
     """How `generate` gets along with a prefix, which the library would take for tokens."""
 
+    # Of the model.
+    config: Any
+    transformer: Any
+    get_input_embeddings: Callable[[], nn.Embedding]
+    _input_device: Callable[[], torch.device]
+
     def count_new_tokens(
         self,
         input_ids: torch.LongTensor,
@@ -440,15 +494,15 @@ class PrefixGenerationMixin:
         # A static cache counts on the device, so it is asked in the prefill only.
         if is_static and not is_first_iteration and past_key_values.is_initialized and next_sequence_length == 1:
             return next_sequence_length
+        if is_static and lacks_prefix(past_key_values):
+            # The mask of a static cache is made ahead of the forward pass.
+            dtype = self.get_input_embeddings().weight.dtype
+            self.transformer.put_prefix(past_key_values, len(input_ids), dtype, self._input_device())
         length = int(past_key_values.get_seq_length())
         num_cached = length - self.config.pre_seq_len
         if length > 0 > num_cached:
             # The library crops the cache of an assistant to the length of its text.
             past_key_values.crop(-length)
-        elif length == 0 and is_static:
-            # The mask of a static cache is made ahead of the forward pass.
-            dtype = self.get_input_embeddings().weight.dtype
-            self.transformer.put_prefix(past_key_values, len(input_ids), dtype, self._input_device())
         seen = input_ids.shape[1] if attention_mask is None else attention_mask.shape[-1]
         return seen - max(num_cached, 0)
 
@@ -459,6 +513,6 @@ __all__ = [
     "PrefixGenerationMixin",
     "PrefixModelMixin",
     "PrefixTuningMixin",
-    "is_empty_cache",
+    "lacks_prefix",
     "make_prefix_encoder",
 ]

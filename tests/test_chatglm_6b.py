@@ -180,7 +180,7 @@ def test_whatever_loses_the_context_is_refused(model: ModelMaker) -> None:
     with pytest.raises(ValueError, match="generate_batch.*bidirectional"):
         chatglm.generate_batch(inputs=ids.tolist())
     cache = DynamicCache(config=chatglm.config)
-    chatglm(ids, past_key_values=cache)
+    chatglm(inputs_embeds=chatglm.get_input_embeddings()(ids), past_key_values=cache)
     with pytest.raises(ValueError, match="position_ids.*cache"):
         chatglm(torch.tensor([[5], [6]]), past_key_values=cache)
 

@@ -348,7 +348,7 @@ def test_a_new_prefix_is_what_training_scripts_expect(name: str, case_folder: Ca
 def test_a_head_is_trained_with_the_prefix(case_folder: Callable[[str], Path]) -> None:
     load = {"trust_remote_code": True, "pre_seq_len": 4}
     classifier = AutoModelForSequenceClassification.from_pretrained(case_folder("chatglm3"), **load)
-    heads = {"classifier_head.weight", "classifier_head.bias"}
+    heads = {"classifier_head_score.weight", "classifier_head_score.bias"}
     assert trained(classifier) == {f"{PREFIX}embedding.weight"} | heads
     classifier.load_prefix_encoder(case_folder("chatglm3") / "prefix_encoder-proj.bin")
     assert heads < trained(classifier)
