@@ -171,7 +171,9 @@ class ConversationFormat:
 
     def current_template(self, saved: Any) -> Any:
         """What a tokenizer renders with: the template saved with it, unless it has none or one that was ours before."""
-        is_earlier = isinstance(saved, str) and hashlib.sha256(saved.encode(errors="replace")).hexdigest() in EARLIER_TEMPLATES
+        is_earlier = (
+            isinstance(saved, str) and hashlib.sha256(saved.encode(errors="replace")).hexdigest() in EARLIER_TEMPLATES
+        )
         return self.chat_template if is_earlier or not saved else saved
 
     def prompt_text(self, messages: Sequence[Message]) -> str:

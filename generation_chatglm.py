@@ -325,12 +325,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         # CODEPATH: chatglm-6b; the others are causal.
         if self.config.prefix_lm:
             kwargs["attention_mask"] = self.as_padding_mask(kwargs.get("attention_mask"))
-            if kwargs.get("inputs_embeds") is None:
-                # Read off the ids at every step; what the tokenizer returned holds for the first one only.
-                kwargs.pop("position_ids", None)
-            elif kwargs.get("position_ids") is not None and kwargs["position_ids"].ndim == 3:
-                # Under its own name, the library would repeat the second dimension for beams.
-                kwargs["prompt_position_ids"] = kwargs.pop("position_ids")
+            # Under their own name, the library would count both rows on, and repeat the second dimension for beams.
+            kwargs["prompt_position_ids"] = kwargs.pop("position_ids", None)
         if kwargs.get("temperature") == 0 or kwargs.get("do_sample") is False:
             # `None` also silences what a generation_config.json says about sampling.
             kwargs.update(do_sample=False, temperature=None, top_p=None, top_k=None)

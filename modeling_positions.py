@@ -117,12 +117,14 @@ def prefix_lm_positions(
     return torch.stack((position, block_position), dim=1), token_types
 
 
-def continue_prefix_lm_positions(position_ids: torch.Tensor, num_new_tokens: int) -> torch.Tensor:
-    """Positions `[batch, 2, seq]` of a prompt of ChatGLM-6B and of the answer that follows it."""
+def continue_positions(position_ids: torch.Tensor, num_new_tokens: int) -> torch.Tensor:
+    """Positions `[batch, 2, seq]` or `[batch, seq]` of a prompt and of the answer that follows it."""
     count = torch.arange(1, num_new_tokens + 1, device=position_ids.device)
-    last = position_ids[..., -1:]
-    # The token position stands still in an answer, and the block position counts on.
-    return torch.cat((position_ids, torch.cat((last[:, :1] + 0 * count, last[:, 1:] + count), dim=1)), dim=-1)
+    new = position_ids[..., -1:] + count
+    if position_ids.ndim == 3:
+        # The token position stands still in an answer, and the block position counts on.
+        new[:, 0] = position_ids[:, 0, -1:]
+    return torch.cat((position_ids, new), dim=-1)
 
 
 def recall_ids(
@@ -150,27 +152,28 @@ def recall_ids(
 
 def make_prefix_lm_inputs(
     config: PreTrainedConfig,
-    known_ids: torch.Tensor | None,
-    seq_len: int,
+    input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     token_type_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
     is_first_step: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Fill in positions and token types of ChatGLM-6B, as far as ids or the other of the two tell them.
 
     Args:
         config: of the model.
-        known_ids: all ids from the first token on, `[batch, cached + seq]`, if they are known.
-        seq_len: the number of new tokens.
+        input_ids: of the new tokens, `[batch, seq]`, if they are given.
         attention_mask: `[batch, cached + seq]`; masks of other forms are not looked at.
         position_ids: of the new tokens, if they are given.
         token_type_ids: of the new tokens, 1 for the context, if they are given.
+        past_key_values: the cache, before a prefix is put there.
         is_first_step: whether the new tokens are all there are.
 
     Raises:
         ValueError: if nothing tells the positions, or they have a row too many.
     """
+    known_ids = recall_ids(past_key_values, input_ids, position_ids, is_first_step, config.pre_seq_len or 0)
     # CODEPATH: no published checkpoint has one-dimensional positions, and the tokenizer does not know of them.
     if position_ids is not None and position_ids.ndim == 3 and not config.position_encoding_2d:
         if known_ids is None:
@@ -181,7 +184,8 @@ def make_prefix_lm_inputs(
         position_ids = None
     if position_ids is not None and token_type_ids is not None:
         return position_ids, token_type_ids
-    if known_ids is not None:
+    if known_ids is not None and input_ids is not None:
+        seq_len = input_ids.shape[1]
         mask = attention_mask if is_padding_mask(attention_mask) else None
         found_position_ids, found_token_type_ids = prefix_lm_positions(config, known_ids, mask)
         position_ids = found_position_ids[..., -seq_len:] if position_ids is None else position_ids
@@ -223,6 +227,8 @@ def make_room_for_prefix(attention_mask: Any, prefix_length: int, num_tokens: in
         prefix_length: how many virtual tokens come before the first token.
         num_tokens: how many tokens are in the cache or new; a static cache's mask is made with the prefix.
     """
+    if prefix_length == 0:
+        return attention_mask
     is_given = isinstance(attention_mask, torch.Tensor) and isinstance(num_tokens, int)
     if is_padding_mask(attention_mask) or (is_given and attention_mask.shape[-1] == num_tokens):
         return F.pad(attention_mask, (prefix_length, 0), value=0 if attention_mask.is_floating_point() else 1)
@@ -323,14 +329,13 @@ def make_mask(
 
 
 __all__ = [
-    "continue_prefix_lm_positions",
+    "continue_positions",
     "count_positions",
     "is_first_step",
     "make_mask",
     "make_prefix_lm_inputs",
     "make_room_for_prefix",
     "prefix_lm_positions",
-    "recall_ids",
     "reduce_published_mask",
     "unmask_empty_rows",
 ]

@@ -40,10 +40,12 @@ ARROWS: dict[str, set[str]] = {
     "modeling_chatglm": {
         "configuration_chatglm",
         "generation_chatglm",
+        "modeling_layers",
         "modeling_positions",
         "modeling_prefix",
         "quantization",
     },
+    "modeling_layers": {"configuration_chatglm"},
     "modeling_positions": set(),
     "modeling_prefix": set(),
     "quantization": {"quantization_kernels"},

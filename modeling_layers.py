@@ -1,0 +1,325 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The layers of the ChatGLM decoder.
+
+What is unusual here:
+
+- Queries, keys and values come from one projection, gate and up from another.
+- Rotary positions turn only the first half of every head, in interleaved pairs (0, 1), (2, 3), ...; `rope_ratio`
+  stretches positions in ChatGLM2 and raises the base in ChatGLM3 and GLM-4.
+- In ChatGLM-6B a token has two positions, and each turns one half of every head. Its residual starts from the output
+  of the norm, scaled.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .configuration_chatglm import ChatGLMConfig
+
+
+class ChatGLMRMSNorm(nn.Module):
+    """RMSNorm (https://arxiv.org/abs/1910.07467): `weight * x / sqrt(mean(x²) + eps)`, in float32, rounded once."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to(hidden_states.dtype)
+        normed = F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+        # The residual stream may be float32 while the layers compute in half precision.
+        return normed.to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class ChatGLMLayerNorm(nn.LayerNorm):
+    """LayerNorm with bias, in float32, rounded once."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        normed = F.layer_norm(hidden_states.float(), self.normalized_shape, weight, bias, self.eps)
+        return normed.to(self.weight.dtype)
+
+
+def make_norm(config: ChatGLMConfig) -> nn.Module:
+    """The norm that the configuration asks for."""
+    # CODEPATH: chatglm2, chatglm3, glm4 use RMSNorm; chatglm-6b LayerNorm.
+    norm_class = ChatGLMRMSNorm if config.rmsnorm else ChatGLMLayerNorm
+    return norm_class(config.hidden_size, eps=config.layernorm_epsilon)
+
+
+class ChatGLMMLP(nn.Module):
+    """Feed-forward: SwiGLU (https://arxiv.org/abs/2002.05202) with gate and up in one projection, or GELU."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        bias = config.add_bias_linear
+        # CODEPATH: chatglm2, chatglm3, glm4 have a gate; chatglm-6b has none.
+        self.is_gated = config.is_mlp_gated
+        up_size = 2 * config.intermediate_size if self.is_gated else config.intermediate_size
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, up_size, bias=bias)
+        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        up_states = self.dense_h_to_4h(hidden_states)
+        if not self.is_gated:
+            return self.dense_4h_to_h(F.gelu(up_states, approximate="tanh"))
+        gate, up_states = up_states.chunk(2, dim=-1)
+        return self.dense_4h_to_h(F.silu(gate) * up_states)
+
+
+class ChatGLMRotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary positions (https://arxiv.org/abs/2104.09864)."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_type = "default"
+        inv_freq, self.attention_scaling = self.compute_default_rope_parameters(config)
+        # Two buffers under the names that the library recomputes after building a model on the meta device.
+        self.inv_freq: torch.Tensor = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq: torch.Tensor = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: ChatGLMConfig, device: torch.device | None = None, **kwargs
+    ) -> tuple[torch.Tensor, float]:
+        """Frequencies `base^(-2i / dim)` in float32, shape `[dim / 2]`, and a scaling of 1 for cos and sin."""
+        # CODEPATH: chatglm-6b may turn the whole head by one position; all published checkpoints turn half a head.
+        dim = config.head_dim if config.rotary_whole_head else config.head_dim // 2
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+        # CODEPATH: chatglm-6b was trained with frequencies that were rounded once.
+        if config.rounds_rotary_frequencies:
+            return (1.0 / 10000.0**exponents).half().float(), 1.0
+        # CODEPATH: chatglm2-6b-32k divides the position by the ratio; chatglm3-6b-32k/-128k and glm4 raise the base.
+        if config.scales_positions:
+            return 10000.0**-exponents / config.rope_ratio, 1.0
+        return (10000.0 * config.rope_ratio) ** -exponents, 1.0
+
+    @torch.no_grad()
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions `[batch, seq]` or, in two dimensions, `[batch, 2, seq]` -> cos, sin `[batch, 1, seq, 1 or 2, freq]`."""
+        position_ids = position_ids.unflatten(0, (-1, 1)) if position_ids.ndim == 2 else position_ids
+        inv_freq = self.inv_freq
+        # `model.half()` rounds buffers too, and half precision cannot tell neighbouring positions apart beyond 2048.
+        if inv_freq.dtype != torch.float32:
+            inv_freq, _ = self.compute_default_rope_parameters(self.config, inv_freq.device)
+        angles = position_ids.transpose(1, 2)[:, None, :, :, None].float() * inv_freq
+        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+
+
+def apply_rotary_pos_emb(
+    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    """Rotate pairs of channels by the angles of their positions.
+
+    Args:
+        states: queries or keys, `[batch, heads, seq, head_dim]`.
+        cos, sin: `[batch, 1, seq, positions, frequencies]`; each position turns `2 * frequencies` channels.
+        interleaved: pairs are (0, 1), (2, 3), ...; otherwise the first half of those channels with the second half.
+
+    Returns:
+        `[batch, heads, seq, head_dim]`; channels beyond those are unchanged.
+    """
+    num_positions, num_frequencies = cos.shape[-2:]
+    rotary_dim = 2 * num_positions * num_frequencies
+    pair_dim, shape = (-1, (num_positions, -1, 2)) if interleaved else (-2, (num_positions, 2, -1))
+    first, second = states[..., :rotary_dim].unflatten(-1, shape).unbind(pair_dim)
+    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=pair_dim).flatten(-3)
+    return torch.cat((rotated, states[..., rotary_dim:]), dim=-1)
+
+
+def repeat_kv(states: torch.Tensor, num_key_value_groups: int) -> torch.Tensor:
+    """`[batch, kv_heads, seq, head_dim]` -> `[batch, kv_heads * num_key_value_groups, seq, head_dim]`."""
+    return states if num_key_value_groups == 1 else states.repeat_interleave(num_key_value_groups, dim=1)
+
+
+def eager_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out; returns the output `[batch, seq, heads, head_dim]` and the attention weights."""
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling  # [batch, heads, seq, kv_seq]
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+# What the library's attention asks about its module when every head has its own keys and no query is hidden.
+FOLDED_HEADS = SimpleNamespace(num_key_value_groups=1, is_causal=False)
+
+
+class ChatGLMAttention(nn.Module):
+    """Attention with one fused query/key/value projection."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        # CODEPATH: chatglm2, chatglm3, glm4 turn neighbours; chatglm-6b turns halves.
+        self.rotary_interleaved = config.rotary_interleaved
+        self.query_size = config.num_attention_heads * self.head_dim
+        self.key_value_size = config.num_key_value_heads * self.head_dim
+        qkv_size = self.query_size + 2 * self.key_value_size
+        qkv_bias = config.add_bias_linear or config.add_qkv_bias
+        self.query_key_value = nn.Linear(config.hidden_size, qkv_size, bias=qkv_bias)
+        self.dense = nn.Linear(self.query_size, config.hidden_size, bias=config.add_bias_linear)
+
+    def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`[batch, seq, fused]` -> queries, keys and values, each `[batch, heads, seq, head_dim]`."""
+        # CODEPATH: chatglm2, chatglm3, glm4: all queries, then all keys, then all values.
+        if self.config.multi_query_attention:
+            parts = qkv.split((self.query_size, self.key_value_size, self.key_value_size), dim=-1)
+            return tuple(part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
+        # CODEPATH: chatglm-6b: query, key and value of head 0, then those of head 1, ...
+        return qkv.unflatten(-1, (-1, 3 * self.head_dim)).transpose(1, 2).chunk(3, dim=-1)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        prefix_cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query_states, key_states, value_states = self.split_heads(self.query_key_value(hidden_states))
+        query_states = apply_rotary_pos_emb(query_states, *position_embeddings, self.rotary_interleaved)
+        key_states = apply_rotary_pos_emb(key_states, *position_embeddings, self.rotary_interleaved)
+
+        # Gradient checkpointing takes every other cache away.
+        cache = past_key_values if prefix_cache is None else prefix_cache
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        module: Any = self
+        is_folded = attention_mask is None and self.should_fold_query_heads(attention_interface, query_states)
+        if is_folded:
+            module = FOLDED_HEADS
+            query_states = query_states.view(key_states.shape[0], key_states.shape[1], -1, self.head_dim)
+        attn_output, attn_weights = attention_interface(
+            module,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        if is_folded:
+            attn_output = attn_output.transpose(1, 2).flatten(1, 2).unsqueeze(1)  # [batch, 1, heads, head_dim]
+        return self.dense(attn_output.flatten(2)), attn_weights
+
+    def should_fold_query_heads(self, attention_interface: Callable, query_states: torch.Tensor) -> bool:
+        """Whether one query for each head is quicker as `[batch, kv_heads, groups, head_dim]`, without grouped heads.
+
+        For grouped heads torch's CPU kernel takes ten times as long (2.13).
+        """
+        return (
+            attention_interface is sdpa_attention_forward
+            and query_states.shape[2] == 1
+            and query_states.device.type == "cpu"
+            and self.num_key_value_groups > 1
+            and not torch.compiler.is_compiling()
+        )
+
+
+class ChatGLMBlock(GradientCheckpointingLayer):
+    """One layer: attention and feed-forward, each normed before and added to the residual stream."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.hidden_dropout = config.hidden_dropout
+        self.residual_post_layernorm = config.apply_residual_connection_post_layernorm
+        self.residual_scale = config.residual_scale
+        self.input_layernorm = make_norm(config)
+        self.self_attention = ChatGLMAttention(config, layer_idx)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = ChatGLMMLP(config)
+
+    def add_residual(self, inputs: torch.Tensor, normed: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Add a sublayer's output to its input, or to the norm of its input. All `[batch, seq, hidden]`."""
+        residual = normed if self.residual_post_layernorm else inputs
+        output = F.dropout(output, p=self.hidden_dropout, training=self.training)
+        return torch.add(output, residual, alpha=self.residual_scale)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        normed = self.input_layernorm(hidden_states)
+        attn_output, _ = self.self_attention(
+            normed,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = self.add_residual(hidden_states, normed, attn_output)
+        normed = self.post_attention_layernorm(hidden_states)
+        return self.add_residual(hidden_states, normed, self.mlp(normed))
+
+
+class ChatGLMEncoder(nn.Module):
+    """The stack of layers and, where there is one, the final norm."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([ChatGLMBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        # CODEPATH: every published checkpoint has the final norm; models trained without it take the else.
+        self.final_layernorm = make_norm(config) if config.post_layer_norm else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return self.final_layernorm(hidden_states)
+
+
+__all__ = ["ChatGLMAttention", "ChatGLMBlock", "ChatGLMEncoder", "ChatGLMRotaryEmbedding"]
