@@ -45,6 +45,7 @@ style: setup
 	$(NEWEST)/bin/ruff format --check .
 	$(NEWEST)/bin/ruff check .
 	$(NEWEST)/bin/mlinter --no-progress $(MODEL_FILES)
+	$(NEWEST)/bin/mypy
 
 fix: setup
 	$(NEWEST)/bin/ruff check --fix .
