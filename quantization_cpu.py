@@ -40,7 +40,7 @@ from transformers.utils import logging
 try:
     from llvmlite import binding as llvm
     from llvmlite import ir
-except ImportError:
+except (ImportError, OSError):  # not installed, or its library does not load
     llvm = ir = None
 
 logger = logging.get_logger(__name__)
@@ -587,7 +587,8 @@ def load_openmp() -> Callable[..., None] | None:
 @cache
 def compile_kernel(write: Callable[..., Program], *settings: Any) -> Kernel | None:
     """`write(*settings)` as machine code, or `None` where that cannot be: with a warning if it should have worked."""
-    if ir is None or load_openmp() is None:
+    # llvmlite before 0.45 writes addresses in another syntax.
+    if ir is None or llvm.llvm_version_info < (20,) or load_openmp() is None:
         return None
     try:
         features = llvm.get_host_cpu_features()

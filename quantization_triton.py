@@ -44,9 +44,9 @@ FEW_ROWS = 16
 def write_int4_assembly(is_bfloat16: bool) -> str:
     """PTX that decodes two int32 words of int4 codes into eight pairs of floats, one from each word.
 
-    Bits of the codes are put under those of a float whose last bit counts as 1 (or 16, for the high four bits of a byte
-    in float16), which makes `offset + code + 8`; subtracting what is too much is exact. The lookup table 0x6a of `lop3`
-    is `(a & b) ^ c`; it also flips the sign bit of each code.
+    The four bits of a code are placed at the end of a float whose last bit is worth 1 (or 16, for the high four bits of
+    a byte in float16). That float is `offset + code + 8`, and subtracting `offset + 8` is exact. The lookup table 0x6a
+    of `lop3` is `(a & b) ^ c`; it also flips the sign bit of each code.
     """
     magic, offset, one = (
         ("0x43084308", "0xC308C308", "0x3F803F80") if is_bfloat16 else ("0x64086408", "0xE408E408", "")
@@ -80,7 +80,7 @@ if triton is not None:
 
     @triton.jit
     def decode_float16(words):
-        """Eight int4 codes of each word, column 0 to 7, as float16."""
+        """The eight int4 codes of each word, column 0 to 7, as float16."""
         dtype = tl.float16
         return tl.inline_asm_elementwise(
             FLOAT16_ASSEMBLY,
@@ -93,7 +93,7 @@ if triton is not None:
 
     @triton.jit
     def decode_bfloat16(words):
-        """Eight int4 codes of each word, column 0 to 7, as bfloat16."""
+        """The eight int4 codes of each word, column 0 to 7, as bfloat16."""
         dtype = tl.bfloat16
         return tl.inline_asm_elementwise(
             BFLOAT16_ASSEMBLY,
@@ -118,9 +118,9 @@ if triton is not None:
     ):  # fmt: skip
         """`y[split, r, n] = sum_k x[r, k] * code[n, k] * scale[n or n, k / GROUP_SIZE] (+ bias[n])`.
 
-        Eight columns are one int32 word. The sum runs over columns in any order, so `x` comes as planes `[r, 8, k / 8]`
-        and plane `j` meets column `j` of all words. The weight is the left operand: its rows fill the tensor cores.
-        The words of a row are an argument: what is known to divide it decides how wide loads are.
+        Eight columns are one int32 word. Columns can be added in any order, so `x` comes as planes `[r, 8, k / 8]`, and
+        plane `j` is multiplied with column `j` of all words. The weight is the left operand, as its many rows fill the
+        tensor cores. Triton loads more at once the more it knows to divide `num_words`, so that is an argument.
         """
         row = tl.arange(0, BLOCK_ROWS)
         out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -220,7 +220,7 @@ if triton is not None:
 
 
 class FewRowsConfig(NamedTuple):
-    """How the weight is cut: rows and words (int4) or columns (int8) of a block, parts of a sum, warps and stages."""
+    """How the work is cut: rows and words (int4) or columns (int8) of a block, parts of a sum, warps and stages."""
 
     block_out: int
     block_in: int
@@ -239,9 +239,9 @@ def few_rows_config(
     num_multiprocessors: int,
     is_hip: bool,
 ) -> FewRowsConfig:
-    """Blocks for a product with few rows. What a measurement finds better on some GPU belongs here.
+    """The blocks for a product with few rows. Better sizes for some GPU, once measured, belong here.
 
-    A sum is split until there are two programs for every multiprocessor: narrow layers have too few rows of blocks.
+    Narrow layers have fewer blocks than a GPU has multiprocessors, so sums are split until each gets two programs.
     """
     # AMD's matrix instructions need 16 rows; NVIDIA's take 8, with less to load.
     block_rows = 8 if num_rows <= 8 and not is_hip else 16

@@ -275,12 +275,14 @@ def test_what_the_kernels_do_not_take(cpu: ModuleType, kernels: ModuleType) -> N
 
 
 @pytest.mark.usefixtures("needs_kernels")
-@pytest.mark.parametrize("fault", ["no llvmlite", "another processor", "no OpenMP", "compiling fails"])
+@pytest.mark.parametrize("fault", ["no llvmlite", "old llvmlite", "another processor", "no OpenMP", "compiling fails"])
 def test_without_kernels_weights_are_packed(
     fault: str, cpu: ModuleType, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if fault == "no llvmlite":
         monkeypatch.setattr(cpu, "ir", None)
+    elif fault == "old llvmlite":
+        monkeypatch.setattr(cpu.llvm, "llvm_version_info", (15, 0, 7))
     elif fault == "another processor":
         monkeypatch.setattr(cpu.llvm, "get_host_cpu_features", dict)
     elif fault == "no OpenMP":
