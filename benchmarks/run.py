@@ -47,8 +47,9 @@ def main() -> int:
         settings = [] if arguments.full else QUICK[name]
         print(f"== {name}.py {' '.join(settings)}", flush=True)
         start = time.perf_counter()
-        if subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), *settings], check=False).returncode:
-            failed.append(name)
+        code = subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), *settings], check=False).returncode
+        if code:
+            failed.append(f"{name} (exit code {code})")
         print(f"== {time.perf_counter() - start:.0f} s\n", flush=True)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
