@@ -75,7 +75,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[finetu
         settings = f"--model={BUNDLED} --method={method} --train_file={file} --eval_file={file} --pre_seq_len=8"
         settings += f" --target_modules all-linear --learning_rate={LEARNING_RATES[method]} --output_dir={folder}/out"
         settings += " --max_steps=40 --logging_steps=1 --eval_strategy=steps --eval_steps=20 --save_steps=20"
-        settings += " --per_device_train_batch_size=4 --use_cpu=true --disable_tqdm=true"
+        settings += " --per_device_train_batch_size=4 --use_cpu=true --disable_tqdm=true --max_new_tokens=24"
         job = prepare(settings.split())
         finetune.train(job)
         (answer,) = finetune_report.generate_answers(
