@@ -213,6 +213,7 @@ def test_the_file_of_the_repository_limits_nothing() -> None:
     assert GenerationConfig.from_pretrained(REPOSITORY).max_length is None
 
 
+@pytest.mark.floor
 @pytest.mark.parametrize("limit", [None, 8192])
 def test_nothing_is_warned_about(pair: Pair, messages: Callable[[], list[str]], limit: int | None) -> None:
     """`limit` stands in the generation_config.json of published folders, and stood in ours."""

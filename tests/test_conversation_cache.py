@@ -173,6 +173,7 @@ def test_adapter_changed_in_between(pair: Pair, change: str) -> None:
     check_same(adapted, tokenizer, history, cache)
 
 
+@pytest.mark.floor
 def test_cache_of_another_model(pair: Pair, other_model: PreTrainedModel) -> None:
     model, tokenizer = pair
     history, cache = start(other_model, tokenizer)
@@ -305,6 +306,7 @@ def test_forward_pass_that_failed(pair: Pair, interrupt: Any, forward_pass: int,
     check_same(model, tokenizer, history, cache)
 
 
+@pytest.mark.floor
 def test_first_forward_pass_of_a_cache_that_failed(pair: Pair, interrupt: Any) -> None:
     model, tokenizer = pair
     history, cache = start(model, tokenizer)
@@ -345,6 +347,7 @@ def test_p_tuning_prefix_survives_a_failure(
     check_same(model, tokenizer, history, cache)
 
 
+@pytest.mark.floor
 def test_one_call_at_a_time(pair: Pair) -> None:
     model, tokenizer = pair
     history, cache = start(model, tokenizer)

@@ -37,6 +37,7 @@ def pair(
     return case_model(request.param), case_tokenizer(request.param)
 
 
+@pytest.mark.floor
 def test_history_is_taken_at_the_call(pair: Pair) -> None:
     model, tokenizer = pair
     message = {"role": "user", "content": "hello"}
