@@ -534,12 +534,12 @@ class ChatGLMGenerationMixin(GenerationMixin):
         if len(histories) != len(queries):
             raise ValueError(f"Got {len(queries)} queries but {len(histories)} histories; give one for each query.")
         batch = [self._next_messages(query, history, role) for query, history in zip(queries, histories)]
-        prompts = [
-            {"input_ids": tokenizer.encode_conversation(messages, chat_format=self.chat_format)} for messages in batch
-        ]
-        inputs = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(self._input_device())
-        prompt_length = inputs["input_ids"].shape[1]
+        prompts = [tokenizer.encode_conversation(messages, chat_format=self.chat_format) for messages in batch]
+        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        inputs, prompt_length = inputs.to(self._input_device()), max(map(len, prompts))
         settings = self._chat_settings(tokenizer, kwargs, prompt_length)
+        # Without any stop token the library would let rows go on that a stop string has ended. No model writes this one.
+        settings["eos_token_id"] = settings["eos_token_id"] or [self.config.vocab_size]
         output_ids = self.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **settings)
         pad_ids = as_token_ids(self._setting("pad_token_id", settings))[:1] if len(queries) > 1 else []
         answers = []

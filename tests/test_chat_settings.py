@@ -106,17 +106,20 @@ def messages(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str
     logging.disable_propagation()
 
 
+@pytest.mark.parametrize("has_stop_ids", [True, False])
 @pytest.mark.parametrize("name", ["chatglm1", "chatglm2", "chatglm3", "glm4"])
-def test_padding_after_a_stop_string_is_no_part_of_the_answer(make_pair: Callable[[str], Pair], name: str) -> None:
+def test_what_follows_a_stop_string_is_no_part_of_the_answer(
+    make_pair: Callable[[str], Pair], name: str, has_stop_ids: bool
+) -> None:
     model, tokenizer = make_pair(name)
     end = ids_of(tokenizer, "!")[-1]
     first, second = ids_of(tokenizer, "one two"), ids_of(tokenizer, "a b c d e f g h i j k")
     settings = {
         "logits_processor": LogitsProcessorList([Force([first, [*second, end]])]),
         "stop_strings": ["two"],
-        "eos_token_id": end,
+        "eos_token_id": end if has_stop_ids else None,
         "do_sample": False,
-        "max_new_tokens": len(second) + 1,
+        "max_new_tokens": len(second) + has_stop_ids,
     }
     responses, histories = model.batch_chat(tokenizer, ["x", "y"], **settings)
     assert [response.strip() for response in responses] == ["one two", "a b c d e f g h i j k"]
