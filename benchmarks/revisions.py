@@ -14,8 +14,11 @@
 """Decoding and loading by this checkout beside an older revision of it, in one run.
 
 `python benchmarks/revisions.py d74a78d` takes the `.py` files of that revision out of git, writes a slice of ChatGLM3-6B
-(its width, few layers, random weights), loads it with both codes in every width, and decodes. The two take turns at
+(its width, few layers, random weights), quantizes it with both codes in every width, and decodes. The two take turns at
 every single token, so that a machine that slows down slows both; the ratio is the median over the tokens.
+
+Quantizing while loading is measured in a process for each code, as only one of them can be the library's quantizer:
+seconds, and the memory that the loaded model takes besides mapped files.
 """
 
 import argparse
@@ -71,12 +74,46 @@ def write_checkpoint(model_class: Any, num_layers: int, folder: Path) -> Path:
     return folder / "checkpoint"
 
 
-def load(model_class: Any, folder: Path, dtype: torch.dtype, settings: dict[str, Any]) -> tuple[nn.Module, float]:
-    """The model and the seconds that loading it took."""
-    options = {"quantization_config": {"quant_method": "chatglm", **settings}} if settings else {}
-    start = time.perf_counter()
-    model = model_class.from_pretrained(folder, dtype=dtype, **options).eval()
-    return model, time.perf_counter() - start
+def load(model_class: Any, folder: Path, dtype: torch.dtype, settings: dict[str, Any]) -> nn.Module:
+    model = model_class.from_pretrained(folder, dtype=dtype).eval()
+    return model.quantize(**settings) if settings else model
+
+
+def print_load(code: str, folder: str, bits: int) -> None:
+    """Quantize while loading, in a process of its own, and print seconds and bytes as JSON."""
+    model_class = load_class(Path(code))
+    before, start = anonymous_bytes(), time.perf_counter()
+    settings = {"quant_method": "chatglm", "bits": bits}
+    model = model_class.from_pretrained(folder, dtype=torch.float16, quantization_config=settings)
+    seconds = time.perf_counter() - start
+    # Some revisions prepare weights when they are first used.
+    with torch.inference_mode():
+        model(torch.tensor([[64790, 64792]]))
+    print(json.dumps([seconds, anonymous_bytes() - before]))
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process without mapped files (Linux)."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+def compare_loading(codes: list[Path], folder: Path, rounds: int) -> list[dict[str, Any]]:
+    figures = []
+    for bits in (8, 4):
+        loads: list[list[list[float]]] = [[], []]
+        for _ in range(rounds):
+            for code, found in zip(codes, loads):
+                call = f"import revisions; revisions.print_load({str(code)!r}, {str(folder)!r}, {bits})"
+                output = subprocess.run(
+                    [sys.executable, "-c", call], cwd=Path(__file__).parent, check=True, capture_output=True, text=True
+                ).stdout
+                found.append(json.loads(output.splitlines()[-1]))
+        (older, older_bytes), (this, this_bytes) = ([min(values) for values in zip(*found)] for found in loads)
+        print(f"loading in int{bits}: {older:.1f} s and {older_bytes / 1e9:.2f} GB before, ", end="")
+        print(f"{this:.1f} s and {this_bytes / 1e9:.2f} GB now", flush=True)
+        figures.append({"bits": bits, "seconds": [older, this], "bytes": [older_bytes, this_bytes]})
+    return figures
 
 
 @torch.inference_mode()
@@ -99,25 +136,24 @@ def time_tokens(models: list[nn.Module], batch: int, arguments: argparse.Namespa
 
 def compare(classes: list[Any], folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     figures = []
-    print("| weights | other tensors | batch | older, ms | this, ms | this / older | quartiles | logits | load, s |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| weights | other tensors | batch | older, ms | this, ms | this / older | quartiles | logits differ by |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in arguments.weights:
         for dtype in arguments.dtypes:
-            loaded = [load(model_class, folder, getattr(torch, dtype), SETTINGS[name]) for model_class in classes]
+            models = [load(model_class, folder, getattr(torch, dtype), SETTINGS[name]) for model_class in classes]
             for batch in arguments.batches:
-                seconds, difference = time_tokens([model for model, _ in loaded], batch, arguments)
+                seconds, difference = time_tokens(models, batch, arguments)
                 ratios = [new / old for old, new in zip(*seconds)]
                 low, ratio, high = statistics.quantiles(ratios, n=4)
                 older, this = (1e3 * statistics.median(times) for times in seconds)
-                load_older, load_this = (taken for _, taken in loaded)
                 print(
                     f"| {name} | {dtype} | {batch} | {older:.1f} | {this:.1f} | {ratio:.3f} | {low:.2f}-{high:.2f} | "
-                    f"{difference:.3f} | {load_older:.1f}, {load_this:.1f} |",
+                    f"{difference:.1e} |",
                     flush=True,
                 )
                 figure = {"weights": name, "dtype": dtype, "batch": batch, "ratio": ratio, "seconds": seconds}
-                figures.append({**figure, "load_seconds": [load_older, load_this]})
-            del loaded
+                figures.append(figure)
+            del models
     return figures
 
 
@@ -132,6 +168,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--prompt", type=int, default=32, help="tokens in the prompt")
     parser.add_argument("--tokens", type=int, default=40, help="tokens that are timed")
+    parser.add_argument("--loads", type=int, default=2, help="how often a model is loaded with each code; 0 for never")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser.parse_args()
 
@@ -142,11 +179,13 @@ def main() -> int:
         os.environ.setdefault("HF_MODULES_CACHE", f"{scratch}/modules")
         older = extract_revision(arguments.revision, Path(scratch))
         classes = [load_class(folder) for folder in (older, REPOSITORY)]
-        figures = compare(classes, write_checkpoint(classes[0], arguments.layers, Path(scratch)), arguments)
+        checkpoint = write_checkpoint(classes[0], arguments.layers, Path(scratch))
+        figures = compare(classes, checkpoint, arguments)
+        loads = compare_loading([older, REPOSITORY], checkpoint, arguments.loads) if arguments.loads else []
     slowest = max(figures, key=lambda figure: figure["ratio"])
     print(f"\nslowest beside the older code: {slowest['weights']}, batch {slowest['batch']}: {slowest['ratio']:.3f}")
     if arguments.json:
-        report = {"threads": torch.get_num_threads(), "figures": figures}
+        report = {"threads": torch.get_num_threads(), "figures": figures, "loads": loads}
         arguments.json.write_text(json.dumps(report, indent=2), encoding="utf-8")
     return 0
 

@@ -31,7 +31,7 @@ QUICK = {
     "finetune": ["--layers=1", "--length=16", "--rounds=1"],
     "prefill_memory": ["--lengths", "2048", "4096"],
     "quantized": ["--layers=1", "--vocab=8192", "--rows=1", "--prompt=32", "--tokens=8", "--rounds=2"],
-    "revisions": ["--layers=1", "--weights", "int4", "--dtypes", "float16", "--batches=1", "--tokens=4"],
+    "revisions": ["--layers=1", "--weights", "int4", "--dtypes", "float16", "--batches=1", "--tokens=4", "--loads=1"],
 }
 
 
