@@ -150,6 +150,18 @@ def recall_ids(
     return known_ids
 
 
+def refuse_packing(position_ids: torch.Tensor) -> None:
+    """Raise a `ValueError` for positions `[batch, 2, seq]` of samples that are packed into one row."""
+    if position_ids.ndim != 3:
+        return
+    in_answer = position_ids[:, 1] > 0
+    if (in_answer[:, :-1] & ~in_answer[:, 1:]).any():
+        raise ValueError(
+            "`position_ids` return to a context after an answer. Samples that are packed into one row would see each "
+            "other in ChatGLM-6B: put each into a row of its own, and mask padding with `attention_mask`."
+        )
+
+
 def make_prefix_lm_inputs(
     config: PreTrainedConfig,
     input_ids: torch.Tensor | None,
@@ -171,7 +183,7 @@ def make_prefix_lm_inputs(
         is_first_step: whether the new tokens are all there are.
 
     Raises:
-        ValueError: if nothing tells the positions, or they have a row too many.
+        ValueError: if nothing tells the positions, if they have a row too many, or are those of packed samples.
     """
     known_ids = recall_ids(past_key_values, input_ids, position_ids, is_first_step, config.pre_seq_len or 0)
     # CODEPATH: no published checkpoint has one-dimensional positions, and the tokenizer does not know of them.
@@ -182,6 +194,8 @@ def make_prefix_lm_inputs(
                 "[batch, seq]."
             )
         position_ids = None
+    if is_first_step and attention_mask is None and position_ids is not None and not torch.compiler.is_compiling():
+        refuse_packing(position_ids)
     if position_ids is not None and token_type_ids is not None:
         return position_ids, token_type_ids
     if known_ids is not None and input_ids is not None:

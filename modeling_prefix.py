@@ -513,6 +513,7 @@ __all__ = [
     "PrefixGenerationMixin",
     "PrefixModelMixin",
     "PrefixTuningMixin",
+    "find_prefix",
     "lacks_prefix",
     "make_prefix_encoder",
 ]

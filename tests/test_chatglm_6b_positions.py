@@ -153,3 +153,12 @@ def test_a_reset_static_cache_sees_the_context_both_ways(model: ModelMaker) -> N
         logits = chatglm(ids, past_key_values=cache).logits
         torch.testing.assert_close(logits, chatglm(ids).logits, atol=2e-5, rtol=1e-5)
         cache.reset()
+
+
+def test_packed_samples_are_refused(model: ModelMaker) -> None:
+    chatglm, ids = model(), torch.cat((prompt(), torch.tensor([[5, 6], [7, 8]])), dim=1)
+    positions = positions_of(ids)
+    expected = chatglm(ids).logits
+    torch.testing.assert_close(chatglm(ids, position_ids=positions).logits, expected)
+    with pytest.raises(ValueError, match=r"packed into one row.*ChatGLM-6B"):
+        chatglm(ids.repeat(1, 2), position_ids=positions.repeat(1, 1, 2))
