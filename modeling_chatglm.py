@@ -70,7 +70,7 @@ from .modeling_prefix import (
 from .quantization import ChatGLMQuantizationMixin, init_quantized_linear
 
 
-# Attention that takes any mask.
+# The attention implementations that take a mask of any form.
 PREFIX_LM_ATTENTION = ("sdpa", "eager", "flex_attention")
 
 
@@ -115,7 +115,7 @@ class ChatGLMPreTrainedModel(PrefixTuningMixin, ChatGLMQuantizationMixin, PreTra
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChatGLMBlock"]
     _skip_keys_device_placement = ["past_key_values"]
-    # Published files store these buffers; they follow from the configuration.
+    # Published files store these buffers, but they can be computed from the configuration.
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$", r"rotary_emb\.inv_freq$"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -151,7 +151,7 @@ class ChatGLMPreTrainedModel(PrefixTuningMixin, ChatGLMQuantizationMixin, PreTra
 
     def _init_weights(self, module: Any) -> None:
         prefix_encoder = self.base_model.prefix_encoder
-        # Not by its class, which may come from another checkpoint's copy of this code.
+        # `isinstance` would fail for a class from another checkpoint's copy of this code.
         if hasattr(module, "weight_scale"):
             init_quantized_linear(module, self.config.initializer_range)
         elif prefix_encoder is not None and hasattr(module, "reset_parameters") and module in prefix_encoder.modules():
@@ -481,7 +481,7 @@ def weight_renamings() -> list[WeightRenaming]:
 
 register_checkpoint_conversion_mapping("chatglm", weight_renamings(), overwrite=True)
 
-# Trainer shifts labels, which label smoothing needs, for the classes that are listed here.
+# With label smoothing, Trainer computes the loss itself, and shifts labels only for the classes that are listed here.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["chatglm"] = "ChatGLMForConditionalGeneration"
 
 

@@ -101,7 +101,7 @@ class ChatGLMRotaryEmbedding(nn.Module):
         self.config = config
         self.rope_type = "default"
         inv_freq, self.attention_scaling = self.compute_default_rope_parameters(config)
-        # Two buffers under the names that the library recomputes after building a model on the meta device.
+        # The library recomputes buffers of these two names after it has built a model on the meta device.
         self.inv_freq: torch.Tensor = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq: torch.Tensor = nn.Buffer(inv_freq.clone(), persistent=False)
 
@@ -180,7 +180,7 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-# What the library's attention asks about its module when every head has its own keys and no query is hidden.
+# Stands in for the attention module when query heads are folded: then each head has its own keys, and sees all of them.
 FOLDED_HEADS = SimpleNamespace(num_key_value_groups=1, is_causal=False)
 
 
@@ -226,7 +226,7 @@ class ChatGLMAttention(nn.Module):
         query_states = apply_rotary_pos_emb(query_states, *position_embeddings, self.rotary_interleaved)
         key_states = apply_rotary_pos_emb(key_states, *position_embeddings, self.rotary_interleaved)
 
-        # Gradient checkpointing takes every other cache away.
+        # Gradient checkpointing, which needs `prefix_cache`, sets `past_key_values` to None.
         cache = past_key_values if prefix_cache is None else prefix_cache
         if cache is not None:
             key_states, value_states = cache.update(key_states, value_states, self.layer_idx)

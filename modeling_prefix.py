@@ -45,14 +45,14 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 try:
     from accelerate.utils import align_module_device
 except ImportError:
-    # Then nothing is offloaded.
+    # Without accelerate, nothing can be offloaded.
     from contextlib import nullcontext as align_module_device
 
 
-# Layers x 2 x key/value heads x width of a head: what a prefix has for each of its tokens.
+# Size of a prefix per virtual token (layers x 2 x key/value heads x width of a head) -> the models of that size.
 PUBLISHED_PREFIX_WIDTHS = {229376: "ChatGLM-6B", 14336: "ChatGLM2-6B or ChatGLM3-6B", 20480: "GLM-4-9B"}
 
-# Where weights are in a folder, in the library's order, and what a prefix alone is saved as.
+# The files that may hold a model's weights, in the order in which the library looks for them, and a prefix alone.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -64,7 +64,7 @@ PREFIX_KEY = "prefix_encoder."
 
 
 def read_prefix_file(file: Path) -> dict[str, torch.Tensor]:
-    """Read the prefix encoder out of a file of weights, `.safetensors`, a `.json` index of shards, or else PyTorch's.
+    """Read the prefix encoder out of a file of weights: `.safetensors`, a `.json` index of shards, or PyTorch's format.
 
     Returns:
         Its tensors, by their names in a [`PrefixEncoder`]; nothing if there is none in the file.
@@ -81,13 +81,13 @@ def read_prefix_file(file: Path) -> dict[str, torch.Tensor]:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as stored:
                 return {key.split(PREFIX_KEY)[1]: stored.get_tensor(key) for key in stored.keys() if PREFIX_KEY in key}
-        # Only what is used is read of a whole model. Files of old versions of PyTorch are not zipped.
+        # Mapped into memory, so that only the prefix is read. Old versions of PyTorch wrote files that cannot be mapped.
         stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         return {key.split(PREFIX_KEY)[1]: tensor.clone() for key, tensor in stored.items() if PREFIX_KEY in key}
     except (AttributeError, EOFError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{file} is not a file of weights: {error}") from error
     except (SafetensorError, pickle.UnpicklingError) as error:
-        # What PyTorch says invites to execute whatever is in the file.
+        # PyTorch's own message suggests loading the file in a way that executes whatever is in it.
         raise ValueError(f"{file} is not a file of weights, or is damaged or holds more than tensors.") from error
 
 
@@ -189,7 +189,7 @@ class PrefixEncoder(nn.Module):
         # Half precision would round small training steps away. A dtype named here outlives `dtype` in loading.
         self.embedding = nn.Embedding(config.pre_seq_len, embedding_size, dtype=torch.float32)
         if self.prefix_projection:
-            # Their published keys are `trans.0` and `trans.2`.
+            # A Sequential because the published names are `trans.0` and `trans.2`.
             self.trans = nn.Sequential(  # trf-ignore: TRF036
                 nn.Linear(embedding_size, config.hidden_size, dtype=torch.float32),
                 nn.Tanh(),
@@ -204,7 +204,7 @@ class PrefixEncoder(nn.Module):
             batch_size: of the keys and values.
             device: that of the model's input, in case the weights are offloaded.
         """
-        # Weights that are offloaded are on the meta device, and come only when their module is called.
+        # Offloaded weights are on the meta device until their module is called, so `embedding.weight` is not read here.
         device = device if self.embedding.weight.is_meta else self.embedding.weight.device
         prefix = self.embedding(torch.arange(self.pre_seq_len, device=device))  # [prefix, width of the embedding]
         if self.prefix_projection:
@@ -217,7 +217,7 @@ class PrefixEncoder(nn.Module):
 
 
 def make_prefix_encoder(config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -> PrefixEncoder:
-    """Make the prefix encoder that some weights belong to, in float32 on the CPU; `config` is not changed.
+    """Make a prefix encoder from its weights, in float32 on the CPU; `config` is not changed.
 
     Args:
         config: of the model that the prefix is for.
@@ -309,21 +309,21 @@ class PrefixCache(Cache):
 
     def __init__(self, prefix: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         self.originals = self.copies = [tensor for pair in prefix for tensor in pair]
-        # Compiled code runs backward once, and a compiler loses the gradients of copies.
+        # A compiler would lose the gradients of copies, and needs none: compiled code runs backward once.
         if not torch.compiler.is_compiling():
             self.copies = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.originals]
         pairs = zip(self.copies[::2], self.copies[1::2])
         super().__init__(layers=[PrefixLayer(keys, values) for keys, values in pairs])
 
     def pass_gradients(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the input of the first layer unchanged; its backward, the last of all layers, serves the prefix."""
+        """Return the first layer's input unchanged. Backward gets here after all layers, and then fills in the prefix."""
         if self.copies is self.originals:
             return hidden_states
         return PrefixGradients.apply(hidden_states, self.copies, *self.originals)
 
 
 class PrefixGradients(torch.autograd.Function):
-    """The identity, whose backward gives tensors the gradients that their copies have collected meanwhile."""
+    """The identity. Its backward hands the gradients that the copies have collected over to the originals."""
 
     @staticmethod
     def forward(
@@ -343,7 +343,7 @@ class PrefixGradients(torch.autograd.Function):
 class PrefixTuningMixin:
     """What every ChatGLM model does about a prefix."""
 
-    # Of the model.
+    # Attributes of the model that this is mixed into.
     config: Any
     config_class: Any
     base_model: Any
@@ -352,7 +352,7 @@ class PrefixTuningMixin:
 
     @classmethod
     def check_stored_prefix(cls, path: Any = None, *args: Any, config: Any = None, **kwargs: Any) -> None:
-        # The library loads such a prefix in part, or says which shapes differ but not which setting does.
+        # On its own, the library would load part of such a prefix, or name the shapes that differ but not the setting.
         path = path or kwargs.get("pretrained_model_name_or_path") or ""
         asked = {name: kwargs[name] for name in ("pre_seq_len", "prefix_projection") if name in kwargs}
         if not os.path.isdir(path) or kwargs.get("ignore_mismatched_sizes"):
@@ -418,7 +418,7 @@ class PrefixTuningMixin:
 class PrefixModelMixin:
     """How the model below the heads uses a prefix."""
 
-    # Of the model.
+    # Attributes of the model that this is mixed into.
     encoder: Any
     prefix_encoder: Any
     gradient_checkpointing: bool
@@ -431,7 +431,7 @@ class PrefixModelMixin:
         prefix = []
         for layer, states in zip(self.encoder.layers, self.prefix_encoder(batch_size, device)):
             weight = layer.input_layernorm.weight
-            # Nor does an offloaded layer tell where it is going to be computed.
+            # An offloaded layer is on the meta device and does not tell where it will be computed.
             layer_device = device if weight.is_meta else weight.device
             prefix.append((states[0].to(layer_device, dtype), states[1].to(layer_device, dtype)))
         return prefix
@@ -474,7 +474,7 @@ class PrefixModelMixin:
 class PrefixGenerationMixin:
     """How `generate` gets along with a prefix, which the library would take for tokens."""
 
-    # Of the model.
+    # Attributes of the model that this is mixed into.
     config: Any
     transformer: Any
     get_input_embeddings: Callable[[], nn.Embedding]
@@ -491,7 +491,7 @@ class PrefixGenerationMixin:
     ) -> int | None:
         """How many ids are not in the cache yet. The library counts the prefix among the tokens that are."""
         is_static = past_key_values.is_compileable
-        # A static cache counts on the device, so it is asked in the prefill only.
+        # A static cache counts on the device; asking it at every step would make the processor wait each time.
         if is_static and not is_first_iteration and past_key_values.is_initialized and next_sequence_length == 1:
             return next_sequence_length
         if is_static and lacks_prefix(past_key_values):
