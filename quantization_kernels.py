@@ -414,7 +414,16 @@ def quantized_linear(
 
     Returns:
         `[..., out]` in the dtype of `x`. It has a gradient to `x` and to `bias`, and keeps no activation for it.
+
+    Raises:
+        ValueError: if the tensors are on different devices.
     """
+    if not weight.device == weight_scale.device == x.device:
+        # torch's operators would read whatever is at the address, or end the process.
+        raise ValueError(
+            f"The input is on {x.device}, but the quantized weight is on {weight.device} and its scale on "
+            f"{weight_scale.device}. Move the model to one device; what is on meta was not loaded."
+        )
     # Without gradients the operator would add nothing but the time of its dispatch, a tenth of a millisecond. Tensors
     # of other classes, such as those that torch traces with, have no memory that a kernel could read.
     is_plain = type(x) in (torch.Tensor, torch.nn.Parameter)

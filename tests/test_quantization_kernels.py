@@ -13,6 +13,7 @@
 # limitations under the License.
 """Products with quantized weights on a CPU: every way of computing them against the decoded weight in float64."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -312,6 +313,19 @@ def test_tracing_reads_no_memory(layout: str, kernels: ModuleType, make_weight: 
     with torch.no_grad():
         graph = make_fx(kernels.quantized_linear, tracing_mode="symbolic")(*arguments)
         assert graph(*arguments).equal(kernels.quantized_linear(*arguments))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_on_different_devices_are_refused(
+    layout: str, kernels: ModuleType, make_weight: Callable[..., Weight]
+) -> None:
+    """torch's operators answer garbage for a weight that was never loaded, or end the process."""
+    weight = make_weight(layout, "rows")
+    for missing in ({"codes": weight.codes.to("meta")}, {"scale": weight.scale.to("meta")}):
+        for dtype, has_gradient in itertools.product(LIMITS, (False, True)):
+            x = torch.randn(2, 256, dtype=dtype)
+            with torch.set_grad_enabled(has_gradient), pytest.raises(ValueError, match="on cpu, but .* meta"):
+                kernels.quantized_linear(x, *replace(weight, **missing).tensors())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
