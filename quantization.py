@@ -138,11 +138,13 @@ class QuantizedLinear(nn.Linear):
         return dequantize_weight(self.weight, self.weight_scale, self.in_features, dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
-        # The one place that `.to`, `.half()` and `.cuda()` share (torch 2.6 to 2.13); scales keep their dtype.
-        scale = self.weight_scale.data
-        super()._apply(fn, recurse)
-        if self.weight_scale.dtype != scale.dtype and not self.weight_scale.is_meta:
-            self.weight_scale.data = scale.to(self.weight_scale.device)
+        # `.to`, `.half()` and `.cuda()` share this (torch 2.6 to 2.13). A scale is never rounded, as threads may be using it.
+        def keep_scale(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            is_cast = tensor is self.weight_scale and moved.dtype != tensor.dtype and not moved.is_meta
+            return tensor.to(moved.device) if is_cast else moved
+
+        super()._apply(keep_scale, recurse)
         self.derive()
         return self
 

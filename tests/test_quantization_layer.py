@@ -333,3 +333,19 @@ def test_floats_are_not_loaded_into_codes(settings: str, make_layer: Callable[..
     with pytest.raises(RuntimeError, match=r"`weight` is torch.float32, but this layer holds int\d codes"):
         layer.load_state_dict(before | {"weight": torch.randn(layer.weight.shape)})
     assert all(tensor.equal(before[name]) for name, tensor in layer.state_dict().items())
+
+
+def test_a_scale_is_not_rounded_even_for_a_moment(make_layer: Callable[..., nn.Module]) -> None:
+    """Another thread may use the layer while it is moved."""
+    layer = make_layer("int8")
+    scale = layer.weight_scale.clone()
+    seen = []
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor is layer.bias:  # the last of the three
+            seen.append(layer.weight_scale.clone())
+        return tensor.bfloat16() if tensor.is_floating_point() else tensor
+
+    layer._apply(cast)
+    assert layer.bias.dtype == torch.bfloat16
+    assert seen[0].equal(scale) and layer.weight_scale.equal(scale)
