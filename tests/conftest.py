@@ -26,6 +26,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -94,9 +95,16 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module")
-def leave_the_auto_classes_alone() -> Iterator[None]:
-    """For tests of programs that register this repository's classes, which other tests load as remote code."""
+@pytest.fixture(autouse=True)
+def fresh_compiler(request: pytest.FixtureRequest) -> None:
+    # After another test's shapes it would compile for any shape, which torch's flex attention on CPUs cannot (2.13).
+    if request.node.get_closest_marker("compiler"):
+        torch.compiler.reset()
+
+
+@contextmanager
+def auto_classes_left_alone() -> Iterator[None]:
+    """For programs that register this repository's classes, which other tests load as remote code."""
     with pytest.MonkeyPatch.context() as patch:
         mappings = (
             configuration_auto.CONFIG_MAPPING,
@@ -108,6 +116,13 @@ def leave_the_auto_classes_alone() -> Iterator[None]:
             patch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
         classes = dict(tokenization_auto.REGISTERED_TOKENIZER_CLASSES)
         patch.setattr(tokenization_auto, "REGISTERED_TOKENIZER_CLASSES", classes)
+        yield
+
+
+@pytest.fixture(scope="module")
+def leave_the_auto_classes_alone() -> Iterator[None]:
+    """See `auto_classes_left_alone`; fixtures of a wider scope need it for themselves."""
+    with auto_classes_left_alone():
         yield
 
 
@@ -194,7 +209,11 @@ def source() -> Iterator[Callable[[str], ModuleType]]:
 @pytest.fixture
 def without_cpu_kernels(source: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor that our kernels are not for, where torch's operators multiply with packed weights."""
-    monkeypatch.setattr(source("quantization_cpu"), "compile_kernel", lambda *args: None)
+    source("quantization_cpu")
+    # Models that are quantized while loading have the layers of the copy that was loaded first.
+    for name, module in list(sys.modules.items()):
+        if name.endswith(".quantization_cpu"):
+            monkeypatch.setattr(module, "compile_kernel", lambda *args: None)
 
 
 @pytest.fixture(scope="session")

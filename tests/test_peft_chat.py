@@ -16,15 +16,17 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from generations import CAUSAL_CASES, GENERATION_CASES
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 
-CASES = ["chatglm2", "chatglm3", "glm4"]
+CASES = [name for name in GENERATION_CASES if name in CAUSAL_CASES]
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 KINDS = ["prompt tuning", "prefix tuning", "p-tuning"]
 
@@ -32,9 +34,12 @@ Pair = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 @pytest.fixture
-def make_pair(case_model: Callable[[str], Any], case_tokenizer: Callable[[str], Any]) -> Callable[[str], Pair]:
-    """A model that a test may change, and its tokenizer."""
-    return lambda name: (copy.deepcopy(case_model(name)), case_tokenizer(name))
+def make_pair(case_folder: Callable[[str], Path], case_tokenizer: Callable[[str], Any]) -> Callable[[str], Pair]:
+    """A model that a test may change, and its tokenizer. A copy of a used one may have hooks that no pickle takes."""
+    return lambda name: (
+        AutoModel.from_pretrained(case_folder(name), trust_remote_code=True, dtype=torch.float32),
+        case_tokenizer(name),
+    )
 
 
 def add_soft_prompt(model: PreTrainedModel, kind: str) -> Any:
