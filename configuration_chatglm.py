@@ -146,9 +146,6 @@ GENERATION_FEATURES: dict[str, GenerationFeatures] = {
     "glm4": GenerationFeatures(pads_with_end_token=True, repository_names=("glm-4", "glm4", "codegeex4")),
 }
 
-# A view: generations that are added later are in it.
-MODEL_VERSIONS = GENERATION_FEATURES.keys()
-
 # Where nothing tells, as between ChatGLM2 and ChatGLM3.
 DEFAULT_MODEL_VERSION = "chatglm3"
 
@@ -466,7 +463,6 @@ __all__ = [
     "ChatGLMConfig",
     "GENERATION_FEATURES",
     "GenerationFeatures",
-    "MODEL_VERSIONS",
     "__version__",
     "infer_model_version",
 ]

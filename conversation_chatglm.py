@@ -523,7 +523,7 @@ def _rounds(messages: Sequence[Message]) -> tuple[str, list[tuple[str, str | Non
     if "tools" in system or system.get("metadata"):
         raise _no_tools(system)
     for index, message in enumerate(messages):
-        if message["role"] not in ("user", "assistant") or message.get("metadata"):
+        if message["role"] not in ("user", "assistant") or message.get("metadata") or "tools" in message:
             raise _no_tools(message)
         expected = ("user", "assistant")[index % 2]
         if message["role"] != expected:

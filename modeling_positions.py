@@ -144,8 +144,8 @@ def recall_ids(
         return known_ids
     held_ids = getattr(cache, "held_ids", None)
     if not is_first_step and held_ids is not None and input_ids is not None:
-        num_cached = cache.get_seq_length() - prefix_length
-        known_ids = torch.cat((held_ids, input_ids), dim=1) if held_ids.shape[1] == num_cached else None
+        held_shape = (input_ids.shape[0], cache.get_seq_length() - prefix_length)
+        known_ids = torch.cat((held_ids, input_ids), dim=1) if held_ids.shape == held_shape else None
     cache.held_ids = known_ids if position_ids is None else None
     return known_ids
 

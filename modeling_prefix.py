@@ -358,7 +358,7 @@ class PrefixTuningMixin:
         if not os.path.isdir(path) or kwargs.get("ignore_mismatched_sizes"):
             return
         if not hasattr(config, "pre_seq_len"):
-            config = cls.config_class.from_pretrained(config or path, **asked)
+            config = cls.config_class.from_pretrained(config or path, subfolder=kwargs.get("subfolder") or "", **asked)
         # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
         if config.pre_seq_len is not None:
             compare_stored_prefix(config, Path(path, kwargs.get("subfolder") or ""))

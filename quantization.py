@@ -149,17 +149,16 @@ class QuantizedLinear(nn.Linear):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # Where `load_state_dict` of every module around this one arrives (torch 2.6 to 2.13). Torch would copy floats
-        # into the codes without a word.
-        weight = state_dict.get(f"{prefix}weight")
+        # `load_state_dict` of any module arrives here (torch 2.6 to 2.13). Torch would copy floats into codes, or round.
+        weight, scale = state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}weight_scale")
         if weight is not None and weight.dtype != torch.int8:
-            error_messages = args[-1]
-            error_messages.append(
-                f"`{prefix}weight` is {weight.dtype}, but this layer holds int{self.bits} codes. Load it into a float "
-                "model, and call `quantize` then."
-            )
+            message = f"`{prefix}weight` is {weight.dtype}, but this layer holds int{self.bits} codes. "
+            args[-1].append(message + "Load it into a float model, and call `quantize` then.")
             return
+        if scale is not None:
+            self.weight_scale = nn.Parameter(self.weight_scale.to(scale.dtype), requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.derived = None  # It may have been made from the older scales.
         self.derive()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -345,7 +344,9 @@ def expect_stored_weights(model: PreTrainedModel, tensors: dict[str, torch.Tenso
 def wrong_form_message(name: str, stored: WeightForm, expected: WeightForm) -> str:
     """What is wrong with a checkpoint, and what to do about it."""
     settings: dict[str, Any] = {"quant_method": QUANT_METHOD, "bits": stored.bits or expected.bits}
-    if stored.bits is None:
+    if stored.bits is None and name.endswith("output_layer"):
+        remedy = "Remove `output_layer_bits` from the `quantization_config` of config.json."
+    elif stored.bits is None:
         remedy = (
             "Remove `quantization_bit` and `quantization_config` from config.json. To quantize these weights while they "
             f"are loaded, pass `quantization_config={json.dumps(settings)}` to `from_pretrained`."
@@ -532,8 +533,7 @@ def is_quantized_as_asked(
 def refuse_merging_into_codes() -> None:
     """Let PEFT refuse to merge adapters into quantized layers, before it changes anything.
 
-    It adds to `weight` whatever that holds. Its `_check_merge_allowed` is private (PEFT 0.18 to 0.21) but the one thing
-    that every way of merging calls first.
+    Its private `_check_merge_allowed` (PEFT 0.18 to 0.21) is called first by all models but `PeftMixedModel`.
     """
     tuners: Any = sys.modules["peft.tuners.tuners_utils"]
     check = tuners.BaseTuner._check_merge_allowed

@@ -35,6 +35,9 @@ from .conversation_chatglm import CONVERSATION_FORMATS, ConversationFormat, Mess
 # Rust counts ids with 32 bits.
 LAST_ID = 2**32 - 1
 
+# What `save_pretrained(push_to_hub=True)` is told about the repository.
+UPLOAD_ARGUMENTS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
@@ -219,7 +222,7 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         if not isinstance(conversation, (list, tuple)) or not conversation:
             raise ValueError(f"A conversation is a list with at least one message, got {conversation!r}.")
         chat_format = self._known_format(chat_format)
-        is_batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+        is_batched = _is_chat(conversation[0])
         chats = [
             _checked_chat(getattr(chat, "messages", chat), tools, chat_format, **kwargs)
             for chat in (conversation if is_batched else [conversation])
@@ -382,7 +385,8 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         """Save as the library does, with the files that the published class and other programs read."""
         if push_to_hub:
             # It saves to a temporary folder with this method, and uploads all of that folder.
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), token=kwargs.pop("token", None))
+            options = {name: kwargs.pop(name) for name in UPLOAD_ARGUMENTS if name in kwargs}
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **options)
         files = super().save_pretrained(save_directory, *args, filename_prefix=filename_prefix, **kwargs)
         return files + self._save_published_files(save_directory, filename_prefix)
 
@@ -411,6 +415,13 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
 def is_possible_id(index: int) -> bool:
     """Whether the Rust backend takes a number for an id at all."""
     return 0 <= index <= LAST_ID
+
+
+def _is_chat(item: Any) -> bool:
+    """Whether an item of a conversation is itself one, so that there is a batch; a pair of texts is two messages."""
+    if not isinstance(item, (list, tuple)):
+        return hasattr(item, "messages")
+    return len(item) != 2 or not all(isinstance(text, str) for text in item)
 
 
 def _checked_chat(

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from local_code import load_tokenizer, register
+from local_code import load_tokenizer, read_json_object, register
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -97,7 +97,7 @@ def load(folder: Path, device: str, dtype: str) -> tuple[PreTrainedModel, PreTra
         raise ValueError(f"there is no folder {folder}")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a checkpoint folder: it has no config.json")
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    model_type = read_json_object(folder / "config.json").get("model_type")
     if model_type != "chatglm":
         raise ValueError(f"{folder} is not a ChatGLM checkpoint: the model_type in its config.json is {model_type!r}")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):

@@ -139,6 +139,8 @@ def _split_tool_entry(place: str, message: dict[str, Any]) -> list[dict[str, Any
 
 def _is_empty_answer(message: dict[str, Any]) -> bool:
     content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     is_empty = not content or (isinstance(content, str) and not content.strip())
     is_call = message.get("tool_calls") or message.get("metadata")
     return message.get("role") == "assistant" and is_empty and not is_call

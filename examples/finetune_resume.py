@@ -107,6 +107,8 @@ def settings_to_keep(run: RunArguments, model: ModelArguments) -> dict[str, Any]
 def write_settings(folder: Path, run: RunArguments, model: ModelArguments) -> None:
     """Leave a note in a checkpoint of what it was made with."""
     text = json.dumps(settings_to_keep(run, model), indent=2, ensure_ascii=False)
+    # The library makes the folder later where shards of the model are all that it saves.
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 
 

@@ -43,12 +43,14 @@ def assembled(folder: Path, contents: Mapping[str, bytes]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="chatglm-upgrade-") as temporary:
         trial = Path(temporary) / "checkpoint"
         trial.mkdir()
-        # The library would follow an adapter's configuration to another folder, and run the code there.
-        for name in {path.name for path in folder.iterdir()} - {*contents, "adapter_config.json"}:
+        # The library would follow an adapter's configuration to another folder, and run the code there. It would also
+        # run `custom_generate/generate.py`, so folders stay out.
+        names = {path.name for path in folder.iterdir() if path.is_file()}
+        for name in {name for name in names if name.lower() != "adapter_config.json"} - contents.keys():
             try:
                 os.symlink(folder / name, trial / name)
             except OSError:  # Windows, without the right to make links.
-                if (folder / name).is_file() and (folder / name).stat().st_size <= LARGEST_COPY:
+                if (folder / name).stat().st_size <= LARGEST_COPY:
                     shutil.copyfile(folder / name, trial / name)
         for name, content in contents.items():
             (trial / name).write_bytes(content)

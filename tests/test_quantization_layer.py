@@ -349,3 +349,15 @@ def test_a_scale_is_not_rounded_even_for_a_moment(make_layer: Callable[..., nn.M
     layer._apply(cast)
     assert layer.bias.dtype == torch.bfloat16
     assert seen[0].equal(scale) and layer.weight_scale.equal(scale)
+
+
+def test_scales_are_loaded_as_they_are(make_layer: Callable[..., nn.Module], without_cpu_kernels: None) -> None:
+    """In their own dtype, and what was packed with the older ones is packed anew."""
+    layer = make_layer("groups")
+    x = torch.randn(1, layer.in_features, dtype=torch.bfloat16)
+    with torch.no_grad():
+        before = layer(x)
+        scale = layer.weight_scale.double() * 2 + 1e-7
+        layer.load_state_dict({"weight_scale": scale}, strict=False)
+        assert torch.equal(layer.weight_scale, scale)
+        torch.testing.assert_close(layer(x).float(), 2 * before.float() - layer.bias, atol=0.1, rtol=0.02)

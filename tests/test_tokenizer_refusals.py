@@ -162,3 +162,29 @@ def test_special_tokens_are_marked_where_they_stand(case_tokenizer: Callable[[st
     again = tokenizer.get_special_tokens_mask(encoded["input_ids"], already_has_special_tokens=True)
     assert again == encoded["special_tokens_mask"]
     assert sum(again) == 2
+
+
+def test_pairs_are_messages_of_one_conversation(case_tokenizer: Callable[[str], Any]) -> None:
+    tokenizer = case_tokenizer("chatglm3")
+    ids = tokenizer.apply_chat_template([("q", "a"), {"role": "user", "content": "b"}], add_generation_prompt=True)
+    assert ids["input_ids"] == tokenizer.build_chat_input("b", [("q", "a")])["input_ids"][0].tolist()
+
+
+def test_an_upload_is_told_everything_about_the_repository(
+    case_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(case_folder("chatglm3"), trust_remote_code=True)
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(
+        type(tokenizer), "push_to_hub", lambda self, name, **options: told.update(name=name, **options)
+    )
+    tokenizer.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/mine", private=True, commit_message="first")
+    assert told == {"name": "me/mine", "private": True, "commit_message": "first"}
+
+
+@pytest.mark.parametrize("name", ["chatglm1", "chatglm2"])
+def test_rounds_refuse_tools_in_any_message(case_tokenizer: Callable[[str], Any], name: str) -> None:
+    tokenizer, chat = case_tokenizer(name), [{"role": "user", "content": "q", "tools": [{"name": "f"}]}]
+    for tokenize in (True, False):
+        with pytest.raises(ValueError, match="tools"):
+            tokenizer.apply_chat_template(chat, tokenize=tokenize, add_generation_prompt=True)

@@ -653,6 +653,9 @@ class TestRefusals:
             edit(place, "config.json", auto_map={"AutoModel": "mine.Mine", "AutoConfig": "mine.Mine"})
         adapter = {"base_model_name_or_path": str(evil), "peft_type": "LORA"}
         (folder / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
+        # The library runs this file of any folder that a model is loaded from.
+        (folder / "custom_generate").mkdir()
+        (folder / "custom_generate" / "generate.py").write_text("raise SystemExit('was run')", encoding="utf-8")
         assert full.run(folder) == 0
 
     def test_folders_that_cannot_be_changed(self, shop: Workshop) -> None:

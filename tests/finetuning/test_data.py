@@ -174,6 +174,17 @@ BAD_DATA = {
     ),
     "cut answer": ([ask("word " * 200, "b")], ":1: nothing to learn, since max_length=64 cuts off the whole answer"),
     "empty answer": ([{"prompt": "a", "response": "b", "history": [["c", ""]]}], ":1: an answer is empty"),
+    "empty parts": (
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": [{"type": "text", "text": ""}]},
+                ]
+            }
+        ],
+        ":1: an answer is empty",
+    ),
     "blank answer": ([ask("a", " \n")], ":1: an answer is empty"),
     "no tool": ([{"messages": [{"role": "tool", "observation": "x"}]}], "needs the `name` of the tool"),
 }
