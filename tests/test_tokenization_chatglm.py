@@ -483,7 +483,7 @@ def test_uploading_saves_everything(
     monkeypatch.setattr(type(tokenizer), "push_to_hub", lambda self, *args, **kwargs: uploads.append((args, kwargs)))
     assert "tokenizer.model" in {Path(file).name for file in tokenizer.save_pretrained(tmp_path, push_to_hub=True)}
     tokenizer.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/mine", token="t")
-    assert uploads == [((tmp_path.name,), {"token": None}), (("me/mine",), {"token": "t"})]
+    assert uploads == [((tmp_path.name,), {}), (("me/mine",), {"token": "t"})]
 
 
 def test_a_tokenizer_pickles_and_copies(fresh: Callable[..., Any]) -> None:
