@@ -16,11 +16,13 @@
 Whether the weights and the vocabulary are those of that generation shows when the folder is tried.
 """
 
+import importlib
 import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from folder_switch import UpgradeError, read_json
@@ -97,6 +99,15 @@ def read_start(path: Path) -> str:
         return file.read(2**18).decode(errors="replace")
 
 
+def load_configuration() -> ModuleType:
+    """This repository's `configuration_chatglm`. Not loaded before it is needed: the library behind it takes its time."""
+    sys.path.insert(0, str(CODE))
+    try:
+        return importlib.import_module("configuration_chatglm")
+    finally:
+        sys.path.remove(str(CODE))
+
+
 def tell_generation(
     folder: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], asked: str | None
 ) -> tuple[str, str]:
@@ -104,11 +115,7 @@ def tell_generation(
 
     The name in tokenizer_config.json tells nothing: ChatGLM2-6B's is "THUDM/chatglm-6b".
     """
-    sys.path.insert(0, str(CODE))
-    try:  # Not before, for the library behind it takes its time.
-        from configuration_chatglm import infer_model_version as infer_generation
-    finally:
-        sys.path.remove(str(CODE))
+    infer_generation = load_configuration().infer_model_version
     unnamed = {key: value for key, value in config.items() if key not in ("_name_or_path", "name_or_path")}
     # In a cache of the Hub the folder has the name of the revision, and the one above it that of the repository.
     name = folder.parent.parent.name if folder.parent.name == "snapshots" else folder.name
@@ -138,4 +145,4 @@ def generation_of_tokenizer(folder: Path, tokenizer_config: Mapping[str, Any]) -
     return next((generation for sign, generation in signs.items() if sign in text), None)
 
 
-__all__ = ["CODE", "Checkpoint", "read_start", "recognise"]
+__all__ = ["CODE", "Checkpoint", "load_configuration", "read_start", "recognise"]

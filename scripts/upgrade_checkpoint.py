@@ -40,18 +40,11 @@ from pathlib import Path
 from typing import Any
 
 from folder_switch import LARGEST_FILE, OWN_NAME, Change, UpgradeError, is_pending, lock, read_json, recover
-from recognise_checkpoint import CODE, Checkpoint, read_start, recognise
+from recognise_checkpoint import CODE, Checkpoint, load_configuration, read_start, recognise
 
 
 MANIFEST = "chatglm_upgrade.json"
 BIN_FILES = "pytorch_model*.bin"
-AUTO_MAP = {
-    "AutoConfig": "configuration_chatglm.ChatGLMConfig",
-    "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
-    "AutoModelForCausalLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
-    "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
-    "AutoModelForSequenceClassification": "modeling_chatglm.ChatGLMForSequenceClassification",
-}
 # Left on the disk after a conversion.
 SPARE_BYTES = 64 * 10**6
 
@@ -110,7 +103,7 @@ def new_contents(checkpoint: Checkpoint) -> dict[str, bytes]:
     contents = {path.name: path.read_bytes() for path in sorted(CODE.glob("*.py"))}
     tokenizer_map = {"AutoTokenizer": [f"tokenization_chatglm.{checkpoint.tokenizer_class}", None]}
     for name, old, own_map in (
-        ("config.json", checkpoint.config, AUTO_MAP),
+        ("config.json", checkpoint.config, load_configuration().AUTO_MAP),
         ("tokenizer_config.json", checkpoint.tokenizer_config, tokenizer_map),
     ):
         new = dict(old) if old else {"tokenizer_class": checkpoint.tokenizer_class}

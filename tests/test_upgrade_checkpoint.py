@@ -215,7 +215,10 @@ class TestUpgrade:
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         (folder / "generation_config.json").write_text('{"eos_token_id":7}', encoding="utf-8")
         assert shop.run(folder) == 0
-        auto_map = {"AutoModelForTokenClassification": "mine.Mine", **upgrade_checkpoint.AUTO_MAP}
+        auto_map = {
+            "AutoModelForTokenClassification": "mine.Mine",
+            **recognise_checkpoint.load_configuration().AUTO_MAP,
+        }
         expected = config | {"auto_map": auto_map, "model_version": "chatglm2"}
         assert list(read(folder, "config.json").items()) == list(expected.items())
         text = (folder / "config.json").read_text(encoding="utf-8")
@@ -231,7 +234,7 @@ class TestUpgrade:
         edit(folder, "tokenizer_config.json", auto_map=auto_map)
         edit(folder, "config.json", auto_map=auto_map)
         assert shop.run(folder) == 0
-        assert read(folder, "config.json")["auto_map"] == upgrade_checkpoint.AUTO_MAP
+        assert read(folder, "config.json")["auto_map"] == recognise_checkpoint.load_configuration().AUTO_MAP
         auto_map = {"AutoTokenizer": ["tokenization_chatglm.ChatGLM4Tokenizer", None]}
         assert read(folder, "tokenizer_config.json")["auto_map"] == auto_map
 
