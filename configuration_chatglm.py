@@ -148,6 +148,8 @@ GENERATION_FEATURES: dict[str, GenerationFeatures] = {
 
 # Where nothing tells, as between ChatGLM2 and ChatGLM3.
 DEFAULT_MODEL_VERSION = "chatglm3"
+# Keys of config.json of the members of the family that see images, and what these are called.
+IMAGE_KEYS = {"eva_config": "visualglm-6b", "vision_config": "glm-4v-9b", "boi_token_id": "glm-4v-9b"}
 
 
 def infer_model_version(config: Mapping[str, Any]) -> str | None:
@@ -183,6 +185,15 @@ def infer_model_version(config: Mapping[str, Any]) -> str | None:
             if any(part in name for part in features.repository_names):
                 return generation
     return None
+
+
+def refuse_images(config: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for a `config.json` of a model that sees images, whose other half would be left out."""
+    for key in config:
+        if key in IMAGE_KEYS:
+            raise ValueError(
+                f"config.json has {key!r}, as {IMAGE_KEYS[key]} does: models that see images are not supported."
+            )
 
 
 def own_field_names() -> set[str]:
@@ -299,6 +310,7 @@ class ChatGLMConfig(PreTrainedConfig):
     gmask_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        refuse_images(kwargs)
         own_keys = {name: getattr(self, name) for name in own_field_names() if getattr(self, name) is not None}
         self.model_version = infer_model_version({**kwargs, **own_keys}) or DEFAULT_MODEL_VERSION
         for name in [name for name in kwargs if name in self.attribute_map]:
@@ -465,4 +477,5 @@ __all__ = [
     "GenerationFeatures",
     "__version__",
     "infer_model_version",
+    "refuse_images",
 ]

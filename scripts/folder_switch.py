@@ -153,11 +153,17 @@ def recover(folder: Path) -> str | None:
         What was done, or `None` if there was nothing to do.
     """
     staged = _staged_files(folder)
-    if not os.path.lexists(folder / JOURNAL):
+    is_decided = os.path.lexists(folder / JOURNAL)
+    removed = [name for name in _read_journal(folder) if os.path.lexists(folder / name)] if is_decided else []
+    for path in (*staged.values(), *(folder / name for name in (*staged, *removed))):
+        if path.is_dir() and not path.is_symlink():
+            raise UpgradeError(
+                f"{path} is a folder, and an upgrade writes files only; nothing was done. Move it away."
+            )
+    if not is_decided:
         for path in staged.values():
             path.unlink()
         return "removed what a killed run had left" if staged else None
-    removed = [name for name in _read_journal(folder) if os.path.lexists(folder / name)]
     for name in reversed(GUARDED):
         if name in staged or name in removed:
             guard = folder / "chatglm_upgrade_guard.py"
@@ -189,7 +195,7 @@ def _read_journal(folder: Path) -> list[str]:
     names = read_json(folder / JOURNAL).get("remove")
     if not isinstance(names, list) or not all(isinstance(name, str) and OWN_NAME.fullmatch(name) for name in names):
         raise UpgradeError(f"{folder / JOURNAL} is not what an upgrade wrote; nothing was done. Delete it.")
-    return names
+    return list(dict.fromkeys(name for name in names if name != JOURNAL))
 
 
 __all__ = ["LARGEST_FILE", "OWN_NAME", "Change", "UpgradeError", "is_pending", "lock", "read_json", "recover"]

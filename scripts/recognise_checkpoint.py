@@ -29,6 +29,8 @@ from folder_switch import UpgradeError, read_json
 
 
 CODE = Path(__file__).resolve().parent.parent
+# Transformers has models of its own under these names.
+LIBRARY_MODEL_TYPES = ("glm", "glm4")
 VOCABULARIES = ("ice_text.model", "tokenizer.model", "tokenizer.json")
 
 
@@ -66,13 +68,7 @@ def recognise(folder: Path, asked: str | None) -> Checkpoint:
         is_adapter = (folder / "adapter_config.json").exists()
         hint = " It holds an adapter: upgrade the folder of its base model instead." if is_adapter else ""
         raise UpgradeError(f"{folder} has no config.json, so it is not a checkpoint folder.{hint}")
-    if image_keys := {"vision_config", "eva_config", "boi_token_id"} & config.keys():
-        raise UpgradeError(f"config.json has {min(image_keys)!r}: models that see images are not supported.")
-    if (model_type := config.get("model_type")) != "chatglm":
-        raise UpgradeError(
-            f"config.json has the model type {model_type!r}; ChatGLM checkpoints have 'chatglm'. Transformers loads 'glm' "
-            "and 'glm4' itself, without remote code."
-        )
+    refuse_other_models(config)
     vocabularies = [folder / name for name in VOCABULARIES if (folder / name).is_file()]
     if not vocabularies:
         raise UpgradeError(
@@ -89,6 +85,25 @@ def recognise(folder: Path, asked: str | None) -> Checkpoint:
         if read_start(path).startswith("version https://git-lfs"):
             raise UpgradeError(f"{path.name} is a Git LFS pointer, not the file: run `git lfs pull` in the folder.")
     return checkpoint
+
+
+def refuse_other_models(config: Mapping[str, Any]) -> None:
+    """Raise an `UpgradeError` for what is no ChatGLM, or sees images too."""
+    if (model_type := config.get("model_type")) != "chatglm":
+        hint = ""
+        if model_type in LIBRARY_MODEL_TYPES:
+            # The first GLM, of before ChatGLM, has the same model type.
+            is_library = any(str(name).startswith("Glm") for name in config.get("architectures") or ())
+            hint = (
+                " This is one of the library's own folders (`-hf`): load it as it is, without `trust_remote_code`."
+                if is_library
+                else " Of these, Transformers loads its own (`-hf`) by itself; glm-515m and its siblings are not supported."
+            )
+        raise UpgradeError(f"config.json has the model type {model_type!r}; ChatGLM checkpoints have 'chatglm'.{hint}")
+    try:
+        load_configuration().refuse_images(config)
+    except ValueError as error:
+        raise UpgradeError(str(error)) from error
 
 
 def read_start(path: Path) -> str:

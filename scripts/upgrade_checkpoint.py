@@ -39,7 +39,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from folder_switch import LARGEST_FILE, OWN_NAME, Change, UpgradeError, is_pending, lock, read_json, recover
+from folder_switch import JOURNAL, LARGEST_FILE, OWN_NAME, Change, UpgradeError, is_pending, lock, read_json, recover
 from recognise_checkpoint import CODE, Checkpoint, load_configuration, read_start, recognise
 
 
@@ -72,7 +72,8 @@ def read_manifest(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, in
         records = {record["name"]: record for record in manifest["files"]}
         for name, record in records.items():
             is_named = OWN_NAME.fullmatch(name) and OWN_NAME.fullmatch(record["backup"] or name)
-            if not is_named or not {"sha256", "backup_sha256"} <= record.keys():
+            is_own = {name, record["backup"]} & {MANIFEST, JOURNAL} or name == record["backup"]
+            if not is_named or is_own or not {"sha256", "backup_sha256"} <= record.keys():
                 raise ValueError(name)
         if not all(Path(name).name == name for name in manifest["converted_from"].keys()):
             raise ValueError("converted_from")

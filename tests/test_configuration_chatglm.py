@@ -186,3 +186,10 @@ def test_an_older_library_is_named_with_the_remedy(
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.6")
     with pytest.raises(ImportError, match=r"5\.17.*4\.57\.6.*pip install"):
         exec(compile(Path(module.__file__).read_text(encoding="utf-8"), module.__file__, "exec"), {})
+
+
+@pytest.mark.parametrize("key", ["eva_config", "vision_config", "boi_token_id"])
+def test_models_that_see_images_are_refused(config_class: Any, reference_dir: Path, key: str) -> None:
+    """As visualglm-6b and glm-4v-9b do; half of their network would be left out."""
+    with pytest.raises(ValueError, match=f"'{key}', as (visualglm-6b|glm-4v-9b) does: models that see images"):
+        config_class.from_dict(published(reference_dir, "glm4") | {key: {}})

@@ -577,9 +577,12 @@ REFUSALS = [
     refused("quantization.py .*too large", huge("quantization.py"), "--force"),
     refused("model type 'llama'", config(model_type="llama")),
     refused("model type .'chatglm'.; ChatGLM", config(model_type=["chatglm"])),
-    refused("Transformers loads 'glm' and 'glm4' itself", config(model_type="glm4", auto_map=...)),
-    refused("'vision_config': models that see images", config(vision_config={}), case="glm4"),
-    refused("'eva_config': models that see images", config(eva_config={}, image_length=32), case="chatglm1"),
+    refused(
+        "the library's own folders .*: load it as it is", config(model_type="glm4", architectures=["Glm4ForCausalLM"])
+    ),
+    refused("glm-515m and its siblings are not supported", config(model_type="glm", architectures=["GLMModel"])),
+    refused("'vision_config', as glm-4v-9b does: models that see images", config(vision_config={}), case="glm4"),
+    refused("'eva_config', as visualglm-6b does", config(eva_config={}, image_length=32), case="chatglm1"),
     refused("not the vocabulary of GLM-4", config(eos_token_id=[5, 6], pad_token_id=5)),
     refused("not the SentencePiece model of ChatGLM2", lambda folder: None, "--model-version chatglm3", "glm4"),
     refused("a vocabulary of chatglm2 or chatglm3", write("ice_text.model", b"\n")),
@@ -611,10 +614,33 @@ FILES = [
 SOURCES = ({"../outside.bin": 1}, ["a.bin"], None)
 MANIFESTS = [{"files": files, "converted_from": {}} for files in FILES]
 MANIFESTS += [{"files": [RECORD], "converted_from": sources} for sources in SOURCES]
+OWN_FILES = [[RECORD | {key: name}] for key in ("name", "backup") for name in (MANIFEST, JOURNAL)]
+MANIFESTS += [{"files": files, "converted_from": {}} for files in (*OWN_FILES, [RECORD | {"backup": "config.json"}])]
 JOURNALS = [{"remove": names} for names in (*([name] for name in OUTSIDE), "config.json", 5)]
 REFUSALS += [refused(NOT_OURS, write(JOURNAL, content), "--undo") for content in (*JOURNALS, {}, [])]
 REFUSALS += [refused(NOT_OURS, write(MANIFEST, content), "--undo") for content in (*MANIFESTS, {}, [])]
 REFUSALS += [refused(NOT_OURS, write(MANIFEST, content), "--force") for content in MANIFESTS[::5]]
+
+
+def folders(journal: Any, *names: str) -> Callable[[Path], object]:
+    """A journal, or none, and folders where files should be."""
+
+    def change(folder: Path) -> None:
+        for name in names:
+            (folder / name).mkdir()
+        if journal is not None:
+            write(JOURNAL, journal)(folder)
+
+    return change
+
+
+REFUSALS += [
+    refused("is a folder, and an upgrade writes files only", folders(None, "quantization.py.chatglm_new")),
+    refused("is a folder, and an upgrade writes files only", folders({"remove": []}, "quantization.py.chatglm_new")),
+    refused(
+        "is a folder, and an upgrade writes files only", folders({"remove": ["quantization.py"]}, "quantization.py")
+    ),
+]
 
 
 class TestRefusals:
@@ -646,6 +672,13 @@ class TestRefusals:
         assert shop.run(folder, "--undo") == 0
         assert tree(folder) == {name: entry for name, entry in before.items() if name not in leftovers}
         assert outside.read_text(encoding="utf-8") == "{}"
+
+    def test_a_journal_that_repeats_itself(self, shop: Workshop) -> None:
+        folder = shop.folder()
+        write("quantization.py", b"")(folder)
+        write(JOURNAL, {"remove": ["quantization.py", "quantization.py", JOURNAL]})(folder)
+        folder_switch.recover(folder)
+        assert not (folder / "quantization.py").exists() and not (folder / JOURNAL).exists()
 
     def test_the_trial_runs_no_code_of_the_folder(self, full: Workshop) -> None:
         """Neither its modules nor, by way of an adapter's configuration, those of another folder."""
