@@ -435,7 +435,7 @@ def test_unchanged_models_use_their_caches(pair: Pair) -> None:
 
 def test_shards_of_distributed_training_are_looked_into(pair: Pair, source: Callable[[str], Any]) -> None:
     model, _ = pair
-    describe_state = source("generation_chatglm").describe_state
+    describe_state = source("generation_cache").describe_state
     distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
     try:
         weight = distribute_tensor(attention(model).weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])

@@ -36,7 +36,8 @@ ARROWS: dict[str, set[str]] = {
     "conversation_chatglm": {"conversation_calls", "conversation_templates"},
     "conversation_calls": set(),
     "conversation_templates": set(),
-    "generation_chatglm": {"conversation_chatglm"},
+    "generation_cache": set(),
+    "generation_chatglm": {"conversation_chatglm", "generation_cache"},
     "modeling_chatglm": {
         "configuration_chatglm",
         "generation_chatglm",
@@ -48,9 +49,10 @@ ARROWS: dict[str, set[str]] = {
     "modeling_layers": {"configuration_chatglm"},
     "modeling_positions": set(),
     "modeling_prefix": set(),
-    "quantization": {"quantization_kernels"},
+    "quantization": {"quantization_kernels", "quantization_layers"},
     "quantization_cpu": set(),
     "quantization_kernels": {"quantization_cpu", "quantization_triton"},
+    "quantization_layers": {"quantization_kernels"},
     "quantization_triton": set(),
     "tokenization_chatglm": {
         "configuration_chatglm",
