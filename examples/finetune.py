@@ -14,8 +14,8 @@
 """Fine-tunes a ChatGLM checkpoint: `python examples/finetune.py examples/configs/lora.yaml --learning_rate 1e-4`.
 
 Methods: `full`, `lora`, `adalora` (PEFT) and `ptuning` (P-tuning v2). Settings come from a YAML file, the command line,
-or both; the command line wins. Every one of the library's `TrainingArguments` is a setting. `finetune_data.py` says what
-the files with the data hold. With `accelerate launch` in place of `python` it runs in several processes.
+or both; the command line wins. Every one of the library's `TrainingArguments` is a setting. `finetune_files.py` and
+`finetune_formats.py` say what data is read. With `accelerate launch` in place of `python` it runs in several processes.
 
 The output folder gets the result (an adapter, a prefix, or a whole checkpoint that loads by itself), checkpoints to
 resume from, `metrics.json`, `curves.png` and `samples.md` (answers before and after).
@@ -29,14 +29,25 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from finetune_data import DataArguments, Sample, check_questions, encode_samples, pack_rows, read_samples
+import datasets
+from finetune_data import (
+    DataArguments,
+    Encoded,
+    Sample,
+    check_questions,
+    encode_once,
+    pack_rows,
+    read_samples,
+    show_row,
+)
 from finetune_report import draw_curves, generate_answers, score_answers, write_samples
 from finetune_resume import find_checkpoint
 from finetune_settings import ModelArguments, RunArguments, error_line, read_arguments, settings_named
 from finetune_trainer import FinetuneTrainer, load_config, make_trainer
 from local_code import REPOSITORY, load_tokenizer
-from transformers import TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.utils import logging
 
 
@@ -53,7 +64,7 @@ class Job:
     data: DataArguments
     checkpoint: Path | None
     samples: list[Sample]
-    counts: dict[str, int]
+    counts: dict[str, float]
 
 
 def prepare(model: ModelArguments, data: DataArguments, run: RunArguments) -> Job:
@@ -69,15 +80,23 @@ def prepare(model: ModelArguments, data: DataArguments, run: RunArguments) -> Jo
         raise ValueError("packing: ChatGLM-6B reads its context both ways and cannot have two samples in a row")
     with settings_named("model"):
         tokenizer = load_tokenizer(Path(model.model))
-    samples, rows = {}, {}
-    counts: dict[str, int] = {}
+    if run.disable_tqdm:
+        datasets.disable_progress_bars()
+    samples: dict[str, list[Sample]] = {}
+    rows: dict[str, Any] = {}
+    counts: dict[str, float] = {}
     for name, file in (("train", data.train_file), ("eval", data.eval_file)):
-        with settings_named(f"{name}_file"):
-            samples[name] = read_samples(file, data) if file else []
-            rows[name], num_truncated = encode_samples(samples[name], tokenizer, data)
-        counts |= {f"{name}_samples": len(samples[name]), f"{name}_truncated": num_truncated}
-        if num_truncated:
-            logger.warning(f"{num_truncated} samples of {file} were cut to max_length={data.max_length} tokens")
+        samples[name], rows[name] = [], []
+        # One process encodes, and the others find it in the cache.
+        with settings_named(f"{name}_file"), run.main_process_first():
+            if file:
+                samples[name] = read_samples(file, data)
+                encoded = encode_once(samples[name], tokenizer, data)
+                rows[name] = encoded.rows
+                counts |= {f"{name}_truncated": encoded.num_truncated, f"{name}_encoding_seconds": encoded.seconds}
+                if run.process_index == 0:
+                    print(describe(file, samples[name], encoded, tokenizer), flush=True)
+        counts[f"{name}_samples"] = len(samples[name])
     asked = samples["eval"][: run.generate_samples]
     with settings_named("generate_samples"):
         check_questions(asked, tokenizer, config.max_position_embeddings)
@@ -91,6 +110,17 @@ def prepare(model: ModelArguments, data: DataArguments, run: RunArguments) -> Jo
     counts["parameters"] = sum(sizes)
     counts["trainable_parameters"] = sum(size for size, weight in zip(sizes, weights) if weight.requires_grad)
     return Job(trainer, model, data, checkpoint, asked, counts)
+
+
+def describe(file: str, samples: list[Sample], encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
+    """One line of what was read, with the first sample as the model will see it."""
+    formats = " and ".join(sorted({sample.data_format for sample in samples}))
+    source = "read from the cache" if encoded.was_cached else "encoded"
+    cut = f", {encoded.num_truncated} of them cut to max_length" if encoded.num_truncated else ""
+    return (
+        f"{file}: {len(samples)} samples{cut}, format {formats}, {source} in {encoded.seconds:.1f} s; "
+        f"the first, with what is learnt in ⟦⟧: {show_row(encoded.rows[0], tokenizer)}"
+    )
 
 
 def train(job: Job) -> None:

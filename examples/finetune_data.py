@@ -11,139 +11,116 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How does a file of conversations become rows to train on, and batches of them?
+"""How do conversations become rows to train on, and batches of them?
 
-A file has one JSON object in a line, in one of these forms:
+`finetune_files.py` says which files are read, `finetune_formats.py` what their rows may look like. Only what the
+assistant writes is learnt; the chat template of the tokenizer knows which tokens that are.
 
-- `{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}], "tools": [...]}`, where
-  `conversations` is another name for `messages`; tools may also stand in the system message. Calls and their results
-  are written as the published checkpoints were taught (`metadata`, role `observation`), as OpenAI's interface has them,
-  or as the published fine-tuning example of ChatGLM3 has them:
-  `{"role": "tool", "name": ..., "parameters": {...}, "observation": ...}`;
-- `{"prompt": ..., "response": ..., "history": [[question, answer], ...]}`, under any names. The history may be left out.
-
-Only what the assistant writes is learnt; the chat template of the tokenizer knows which tokens that are.
+What was encoded is kept in the cache of `datasets` (`HF_DATASETS_CACHE`), under a name made of the texts, the tokenizer,
+the settings and the code that encodes, so that a run like an earlier one reads it from there.
 """
 
+import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import datasets
 import torch
+from datasets.fingerprint import Hasher
+from finetune_files import find_files, read_records
+from finetune_formats import FORMATS, Columns, read_row, recognise
+from local_code import REPOSITORY
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 
-Row = dict[str, list[int]]
+# Under the library's name, so that its handler prints it.
+logger = logging.get_logger("transformers.finetune")
+
+Row = dict[str, Any]
+IGNORED = -100
 
 
 @dataclass
 class DataArguments:
     """What to train on."""
 
-    train_file: str = field(metadata={"help": "JSON lines to train on; see the top of finetune_data.py"})
-    eval_file: str | None = field(default=None, metadata={"help": "JSON lines to evaluate on"})
-    prompt_column: str = field(
-        default="prompt", metadata={"help": "the key of the question in files without messages"}
+    train_file: str = field(
+        metadata={"help": "what to train on: JSON, CSV or Parquet, a folder of such files, or a saved data set"}
     )
-    response_column: str = field(default="response", metadata={"help": "the key of the answer"})
-    history_column: str = field(default="history", metadata={"help": "the key of earlier (question, answer) pairs"})
+    eval_file: str | None = field(default=None, metadata={"help": "what to evaluate on"})
+    data_format: Literal["auto", *FORMATS] = field(  # type: ignore[valid-type]
+        default="auto", metadata={"help": "what the rows look like, see finetune_formats.py; told by the first row"}
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "the column of the question in rows of your own, prompt unless given"}
+    )
+    response_column: str | None = field(default=None, metadata={"help": "that of the answer, response unless given"})
+    history_column: str | None = field(
+        default=None, metadata={"help": "that of earlier (question, answer) pairs, history unless given"}
+    )
     max_length: int = field(default=1024, metadata={"help": "tokens of a sample at most"})
     too_long: Literal["truncate", "refuse"] = field(
         default="truncate", metadata={"help": "what to do with longer ones"}
     )
     packing: bool = field(default=False, metadata={"help": "several samples in a row, up to max_length tokens"})
 
+    @property
+    def columns(self) -> Columns:
+        """The names of the columns that hold text."""
+        given = {"prompt": self.prompt_column, "response": self.response_column, "history": self.history_column}
+        return Columns(**{name: column for name, column in given.items() if column})
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation, and where it was read."""
+    """One conversation, where it was read, and what its row looked like."""
 
     place: str
     messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
+    tools: Any = None
+    data_format: str = "messages"
 
 
 def read_samples(path: str, arguments: DataArguments) -> list[Sample]:
-    """Read a file.
+    """Read a file, a folder of files, or a saved data set.
 
     Raises:
         OSError: if it cannot be read.
         ValueError: if it holds no samples, or one in none of the known forms; with the file and the line.
     """
     samples = []
-    for place, record in _read_records(Path(path)):
-        messages = record.get("messages", record.get("conversations"))
-        if messages is None:
-            messages = _messages_of_columns(place, record, arguments)
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise ValueError(f"{place}: the conversation must be a list of messages (objects), got {messages!r:.80}")
-        messages = [part for message in messages for part in _split_tool_entry(place, message)]
-        if any(_is_empty_answer(message) for message in messages):
-            raise ValueError(
-                f"{place}: an answer is empty, which would teach the model to say nothing; leave it out with its question"
-            )
-        samples.append(Sample(place, messages, record.get("tools")))
+    unread: set[str] = set()
+    for file in find_files(Path(path)):
+        data_format = arguments.data_format
+        for place, record in read_records(file):
+            try:
+                if data_format == "auto":
+                    data_format = _recognise(record, arguments)
+                conversation = read_row(record, data_format, arguments.columns)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+            unread |= conversation.unread
+            samples.append(Sample(place, conversation.messages, conversation.tools, data_format))
     if not samples:
         raise ValueError(f"{path} holds no samples")
+    if unread:
+        logger.warning(f"{path}: nobody reads {', '.join(sorted(unread))}")
+    names = [name for name in ("prompt_column", "response_column") if getattr(arguments, name)]
+    if names and "columns" not in {sample.data_format for sample in samples}:
+        logger.warning(f"{path}: {', '.join(names)}: not used by the format {samples[0].data_format}")
     return samples
 
 
-def _read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            place = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: this line is not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{place}: a line must hold a JSON object, got {type(record).__name__}")
-            yield place, record
-
-
-def _messages_of_columns(place: str, record: Mapping[str, Any], arguments: DataArguments) -> list[dict[str, Any]]:
-    columns = (arguments.prompt_column, arguments.response_column)
-    if missing := [name for name in columns if name not in record]:
-        raise ValueError(
-            f"{place}: there is neither `messages` nor `conversations`, and of the columns {columns} "
-            f"{missing} are missing; found {sorted(record)}. Set prompt_column and response_column."
-        )
-    for name in columns:
-        if not isinstance(record[name], str):
-            raise ValueError(f"{place}: the column {name!r} must hold text, got {record[name]!r}")
-    history = record.get(arguments.history_column) or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise ValueError(f"{place}: {arguments.history_column!r} must hold [question, answer] pairs, got {history!r}")
-    pairs = [*history, [record[name] for name in columns]]
-    return [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
-
-
-def _split_tool_entry(place: str, message: dict[str, Any]) -> list[dict[str, Any]]:
-    """A call and its result stand in one entry of ChatGLM3's published fine-tuning example."""
-    if message.get("role") != "tool" or "observation" not in message:
-        return [message]
-    if not isinstance(message.get("name"), str):
-        raise ValueError(f"{place}: a `tool` entry with an `observation` needs the `name` of the tool, got {message}")
-    call = {"name": message["name"], "arguments": message.get("parameters") or {}}
-    result = message["observation"]
-    result = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-    return [
-        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]},
-        {"role": "observation", "content": result},
-    ]
-
-
-def _is_empty_answer(message: dict[str, Any]) -> bool:
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    is_empty = not content or (isinstance(content, str) and not content.strip())
-    is_call = message.get("tool_calls") or message.get("metadata")
-    return message.get("role") == "assistant" and is_empty and not is_call
+def _recognise(record: Any, arguments: DataArguments) -> str:
+    named = [name for name in (arguments.prompt_column, arguments.response_column) if name]
+    # Named columns are meant, whatever else the rows have.
+    return "columns" if named and all(name in record for name in named) else recognise(record, arguments.columns)
 
 
 def encode_samples(
@@ -152,52 +129,152 @@ def encode_samples(
     """Encode samples in the conversation format of the tokenizer's generation.
 
     Returns:
-        A row for each, with `input_ids`, `attention_mask` and `labels` (-100 where nothing is learnt), and how many of
-        them were truncated.
+        A row for each, see [`encode_sample`], and how many of them were truncated.
+
+    Raises:
+        ValueError: for a sample that `encode_sample` refuses.
+    """
+    encoded = [encode_sample(sample, tokenizer, arguments) for sample in samples]
+    return [row for row, _ in encoded], sum(is_truncated for _, is_truncated in encoded)
+
+
+def encode_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> tuple[Row, bool]:
+    """Encode one sample.
+
+    Returns:
+        Its row, with `input_ids`, `attention_mask` and `labels` (-100 where nothing is learnt), and whether it was
+        truncated.
 
     Raises:
         ValueError: for a sample that has no form in this generation, one that is too long if those are refused, and one
             without anything to learn.
     """
-    rows, num_truncated = [], 0
     limit = arguments.max_length
+    template = {"tools": sample.tools, "return_assistant_tokens_mask": True, "return_dict": True}
+    try:
+        encoded = tokenizer.apply_chat_template(sample.messages, **template)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{sample.place}: {error}") from error
+    length = len(encoded["input_ids"])
+    if length > limit:
+        if arguments.too_long == "refuse":
+            raise ValueError(f"{sample.place}: {length} tokens are more than max_length={limit}")
+        encoded = tokenizer.apply_chat_template(sample.messages, **template, truncation=True, max_length=limit)
+    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+    # The first token has no prediction.
+    if not any(mask[1:]):
+        reason = f"max_length={limit} cuts off the whole answer" if length > limit else "there is no answer"
+        raise ValueError(f"{sample.place}: nothing to learn, since {reason} ({length} tokens)")
+    labels = [token if is_answer else IGNORED for token, is_answer in zip(ids, mask)]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}, length > limit
+
+
+class Encoded(NamedTuple):
+    """The rows of a file, how many of them were truncated, the seconds it took, and whether the cache had them."""
+
+    rows: Any
+    num_truncated: int
+    seconds: float
+    was_cached: bool
+
+
+def encode_once(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Encoded:
+    """Encode samples as [`encode_samples`] does, or find what an earlier run made of the same samples.
+
+    Raises:
+        ValueError: for a sample that `encode_sample` refuses.
+    """
+    start = time.perf_counter()
+    digest = hashlib.sha256(Hasher.hash(tokenizer).encode())
+    # A fingerprint of `datasets` knows functions by name; here new code is another one.
+    for file in sorted(REPOSITORY.glob("*.py")):
+        digest.update(file.read_bytes() if file.name.startswith(("conversation", "tokenization")) else b"")
+    digest.update(Path(__file__).read_bytes())
+    digest.update(f"{arguments.max_length} {arguments.too_long}".encode())
     for sample in samples:
-        template = {"tools": sample.tools, "return_assistant_tokens_mask": True, "return_dict": True}
-        try:
-            encoded = tokenizer.apply_chat_template(sample.messages, **template)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{sample.place}: {error}") from error
-        length = len(encoded["input_ids"])
-        if length > limit:
-            if arguments.too_long == "refuse":
-                raise ValueError(f"{sample.place}: {length} tokens are more than max_length={limit}")
-            encoded = tokenizer.apply_chat_template(sample.messages, **template, truncation=True, max_length=limit)
-            num_truncated += 1
-        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-        # The first token has no prediction.
-        if not any(mask[1:]):
-            reason = f"max_length={limit} cuts off the whole answer" if length > limit else "there is no answer"
-            raise ValueError(f"{sample.place}: nothing to learn, since {reason} ({length} tokens)")
-        labels = [token if is_answer else -100 for token, is_answer in zip(ids, mask)]
-        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-    return rows, num_truncated
+        digest.update(json.dumps([sample.messages, sample.tools], default=str).encode())
+    name = digest.hexdigest()
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "chatglm-finetune" / f"{name}.arrow"
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    was_cached = cache.is_file()
+
+    def encode(row: dict[str, int]) -> dict[str, Any]:
+        encoded, is_truncated = encode_sample(samples[row["index"]], tokenizer, arguments)
+        return {**encoded, "length": len(encoded["input_ids"]), "is_truncated": is_truncated}
+
+    kinds = {"input_ids": "int32", "attention_mask": "int8", "labels": "int32"}
+    features = {key: datasets.Sequence(datasets.Value(kind)) for key, kind in kinds.items()}
+    features |= {"length": datasets.Value("int32"), "is_truncated": datasets.Value("bool")}
+    rows = datasets.Dataset.from_dict({"index": range(len(samples))}).map(
+        encode,
+        remove_columns=["index"],
+        features=datasets.Features(features),
+        cache_file_name=str(cache),
+        new_fingerprint=name,
+        desc="encoding",
+    )
+    num_truncated = sum(rows["is_truncated"])
+    return Encoded(rows.remove_columns("is_truncated"), num_truncated, time.perf_counter() - start, was_cached)
 
 
-def pack_rows(rows: Sequence[Row], max_length: int) -> list[Row]:
+def show_row(row: Row, tokenizer: PreTrainedTokenizerBase, width: int = 400) -> str:
+    """A row in one line, as the model will see it: control tokens by name, and what is learnt in ⟦ ⟧."""
+    text, special = "", {token for token in set(row["input_ids"]) if not tokenizer.decode([token])}
+    special |= set(tokenizer.all_special_ids)
+    marks = [label != IGNORED for label in row["labels"]]
+    pairs = zip(row["input_ids"], marks)
+    # Characters may be spread over tokens, so what belongs together is decoded together.
+    for (is_learnt, is_special), group in itertools.groupby(pairs, key=lambda pair: (pair[1], pair[0] in special)):
+        ids = [token for token, _ in group]
+        part = "".join(tokenizer.convert_ids_to_tokens(ids)).replace("▁", " ") if is_special else tokenizer.decode(ids)
+        text += f"⟦{part}⟧" if is_learnt else part
+    text = text.replace("⟧⟦", "")
+    text = text.replace("\n", "↵")
+    half = width // 2
+    return text if len(text) <= width else f"{text[:half]} … {text[-half:]}"
+
+
+@dataclass(frozen=True)
+class PackedRows(Sequence[Row]):
+    """Rows that hold several samples each; a row is put together when it is asked for."""
+
+    rows: Any
+    groups: list[range]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        packed: Row = {"input_ids": [], "position_ids": [], "labels": []}
+        for place in self.groups[index]:
+            row = self.rows[place]
+            packed["input_ids"] += row["input_ids"]
+            packed["position_ids"] += range(len(row["input_ids"]))
+            packed["labels"] += row["labels"]
+        return packed
+
+
+def pack_rows(rows: Any, max_length: int) -> PackedRows:
     """Join rows, in order, into rows of at most `max_length` tokens.
 
     Positions start again with every sample, and there is no attention mask: this is how the models' mask tells samples
     apart. Nothing is learnt at the first token of a sample (the prefix of the template), so none predicts the next.
     """
-    packed: list[Row] = []
-    for row in rows:
-        length = len(row["input_ids"])
-        if not packed or len(packed[-1]["input_ids"]) + length > max_length:
-            packed.append({"input_ids": [], "position_ids": [], "labels": []})
-        packed[-1]["input_ids"] += row["input_ids"]
-        packed[-1]["position_ids"] += range(length)
-        packed[-1]["labels"] += row["labels"]
-    return packed
+    groups: list[range] = []
+    room = 0
+    lengths: Iterator[int] = (
+        iter(rows["length"]) if isinstance(rows, datasets.Dataset) else (len(row["input_ids"]) for row in rows)
+    )
+    for index, length in enumerate(lengths):
+        if groups and length <= room:
+            groups[-1] = range(groups[-1].start, index + 1)
+        else:
+            groups.append(range(index, index + 1))
+            room = max_length
+        room -= length
+    return PackedRows(rows, groups)
 
 
 @dataclass(frozen=True)
@@ -210,11 +287,12 @@ class PaddingCollator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        padding = {"input_ids": self.pad_token_id, "attention_mask": 0, "position_ids": 0, "labels": -100}
+        padding = {"input_ids": self.pad_token_id, "attention_mask": 0, "position_ids": 0, "labels": IGNORED}
         length = max(len(row["input_ids"]) for row in rows)
         return {
-            name: torch.tensor([row[name] + [padding[name]] * (length - len(row[name])) for row in rows])
-            for name in rows[0]
+            name: torch.tensor([row[name] + [filler] * (length - len(row[name])) for row in rows])
+            for name, filler in padding.items()
+            if name in rows[0]
         }
 
 

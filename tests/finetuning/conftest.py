@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 from conftest import auto_classes_left_alone
@@ -43,6 +44,15 @@ def collect_garbage_faster() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="package")
+def cache_of_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where encoded rows are kept, apart from what the user has."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ BAD_DATA = {
     ),
     "no text": ([{"prompt": 1, "response": "b"}], "the column 'prompt' must hold text"),
     "not a list": ([{"messages": "hi"}], "must be a list of messages \\(objects\\), got 'hi'"),
-    "no object": (["hi"], "must hold a JSON object"),
+    "no object": (["hi"], "must be a JSON object"),
     "role": ([*RECORDS, {"messages": [{"role": "robot", "content": "hi"}]}], ":9: .* has the role 'robot'"),
     "no answer": (
         [{"messages": [{"role": "user", "content": "hi"}]}],
