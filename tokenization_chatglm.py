@@ -43,7 +43,8 @@ from transformers.utils import cached_file, logging
 from .configuration_chatglm import infer_model_version
 from .conversation_chatglm import ConversationFormat, check_text
 from .tokenization_chatglm_6b import ChatGLM6BTokenizer
-from .tokenization_conversation import ConversationTokenizer, Vocabulary, is_possible_id, take_extra_tokens
+from .tokenization_conversation import Vocabulary, is_possible_id, take_extra_tokens
+from .tokenization_published import PublishedCalls, RanksView, SentencePieceView, ready_ids
 from .tokenization_vocabulary import (
     BYTE_OF_CHARACTER,
     bpe_from_ranks,
@@ -75,21 +76,14 @@ def position_ids_from_mask(attention_mask: Sequence[int]) -> list[int]:
     return [mask * (count - 1) for mask, count in zip(attention_mask, accumulate(attention_mask))]
 
 
-class DerivedState:
-    """Holds what is made when it is needed, outside `__dict__`, which pickles, copies and fingerprints are taken of."""
-
-    __slots__ = ("_message_tokenizer",)
-
-    _message_tokenizer: Tokenizer | None
-
-
-class ChatGLMTokenizersBackend(ConversationTokenizer, DerivedState, TokenizersBackend):
+class ChatGLMTokenizersBackend(PublishedCalls, TokenizersBackend):
     """What the tokenizers on the Rust backend share. A class adds how its `tokenizer.model` is read and decoded."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
     extra_special_tokens: list[str]
+    _message_tokenizer: Tokenizer | None
 
     def __init__(
         self,
@@ -106,7 +100,8 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, DerivedState, TokenizersBa
             )
         self.chat_format = self._find_format(kwargs.get("model_version"), source)
         kwargs["model_version"] = self.chat_format.name
-        self.encode_special_tokens = encode_special_tokens
+        self._encode_special_tokens = encode_special_tokens
+        self.forget_derived_state()
         if vocab_file is not None:
             model = self._load_model(vocab_file, kwargs.get("added_tokens_decoder") or {})
         else:
@@ -134,12 +129,23 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, DerivedState, TokenizersBa
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._message_tokenizer = None
+        self.forget_derived_state()
 
     @property
-    def tokenizer(self) -> "PieceTokenizer":
-        """The vocabulary without `[gMASK] sop`, under the name it has in the published class."""
-        return PieceTokenizer(self)
+    def encode_special_tokens(self) -> bool:
+        """Whether role tokens become ids where they stand in a text given to the tokenizer."""
+        return self._encode_special_tokens
+
+    @encode_special_tokens.setter
+    def encode_special_tokens(self, value: bool) -> None:
+        self._encode_special_tokens = self.init_kwargs["encode_special_tokens"] = bool(value)
+        # What Rust knows of a token stays, so the tokens are added anew, to another one with the same vocabulary.
+        added_tokens = [token for _, token in sorted(self.added_tokens_decoder.items())]
+        kept = self._tokens_kept_from_text()
+        tokens = [_added_token(token, kept.get(token.content, token.special)) for token in added_tokens]
+        self._tokenizer = self._rust_tokenizer(self._tokenizer.model)
+        self._tokenizer.add_tokens(tokens)
+        self.update_post_processor()
 
     def update_post_processor(self) -> None:
         """Put `[gMASK] sop` before every encoding and the end token behind a pair."""
@@ -176,13 +182,15 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, DerivedState, TokenizersBa
     def __call__(
         self, text: Any = None, text_pair: Any = None, *args: Any, return_tensors: Any = None, **kwargs: Any
     ) -> BatchEncoding:
-        """Encode texts or pairs of texts. The arguments are the library's; the result has `position_ids` as well."""
+        """Encode texts or pairs of texts, or their ids. The arguments are the library's, `position_ids` is added."""
         if isinstance(text, str) and text_pair == "":
             # The library drops an empty second text of a single pair, and the `</s>` behind it.
             encoded = self([text], [text_pair], *args, return_tensors=return_tensors, **kwargs)
             if return_tensors is not None or "overflow_to_sample_mapping" in encoded:
                 return encoded
             return BatchEncoding({key: value[0] for key, value in encoded.items()}, encoded.encodings)
+        if ready := ready_ids(text, text_pair):
+            return self.encode_ready_ids(*ready, *args, return_tensors=return_tensors, **kwargs)
         try:
             encoded = super().__call__(text, text_pair, *args, return_tensors=return_tensors, **kwargs)
         except (TypeError, UnicodeEncodeError):
@@ -294,13 +302,13 @@ class ChatGLMTokenizersBackend(ConversationTokenizer, DerivedState, TokenizersBa
         encoding = self._text_tokenizer().encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def _special_texts(self, skip_special_tokens: bool, chat_format: ConversationFormat) -> dict[int, str]:
-        """The text of every id that is no piece of the vocabulary file."""
+    def _special_texts(self, skip_special_tokens: bool | None, chat_format: ConversationFormat) -> dict[int, str]:
+        """The text of every id that is no piece of the vocabulary file; see `decode`."""
         control_ids = self._control_ids(chat_format)
         texts = {index: token.content for index, token in self.added_tokens_decoder.items()}
         texts |= {index: token for token, index in control_ids.items()}
         silent = self.vocabularies[chat_format.name].silent_tokens
-        silent_ids = [self._tokenizer.token_to_id(token) for token in silent]
+        silent_ids = [self._tokenizer.token_to_id(token) for token in silent if skip_special_tokens is None]
         if skip_special_tokens:
             silent_ids += [*control_ids.values(), *self.all_special_ids]
         return texts | dict.fromkeys(silent_ids, "")
@@ -352,6 +360,11 @@ class ChatGLMTokenizer(ChatGLMTokenizersBackend):
         kwargs["split_special_tokens"] = True
         super().__init__(vocab_file, tokenizer_file, **kwargs)
 
+    @property
+    def tokenizer(self) -> SentencePieceView:
+        """The vocabulary without `[gMASK] sop`, under the name it has in the published class."""
+        return SentencePieceView(self)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Load a tokenizer as the library does, in the class that its vocabulary file needs."""
@@ -396,7 +409,11 @@ class ChatGLMTokenizer(ChatGLMTokenizersBackend):
         return sentencepiece_tokenizer(model)
 
     def _decode_ids(
-        self, token_ids: Sequence[int], skip_special_tokens: bool, chat_format: ConversationFormat, **kwargs: Any
+        self,
+        token_ids: Sequence[int],
+        skip_special_tokens: bool | None,
+        chat_format: ConversationFormat,
+        **kwargs: Any,
     ) -> str:
         special_texts = self._special_texts(skip_special_tokens, chat_format)
         chunks: list[bytes] = []
@@ -445,6 +462,21 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
         )
     }
 
+    @property
+    def tokenizer(self) -> RanksView:
+        """The vocabulary without `[gMASK] <sop>`, under the name it has in the published class."""
+        return RanksView(self)
+
+    @property
+    def mergeable_ranks(self) -> dict[bytes, int]:
+        """The ranked byte strings of `tokenizer.model`, as converters of other engines read them."""
+        end: int = self.convert_tokens_to_ids(self.vocabulary.control_tokens[0])
+        return {
+            token.translate(BYTE_OF_CHARACTER).encode("latin-1"): rank
+            for token, rank in sorted(self._tokenizer.get_vocab(False).items(), key=lambda item: item[1])
+            if rank < end
+        }
+
     def _load_model(self, vocab_file: str, added_tokens: Mapping[int, AddedToken]) -> BPE:
         more_tokens = {token.content: index for index, token in added_tokens.items()}
         # The library gives the tokens of a file the next ids, which is right where the file leaves no ids out.
@@ -457,7 +489,11 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
         return ranks_tokenizer(model)
 
     def _decode_ids(
-        self, token_ids: Sequence[int], skip_special_tokens: bool, chat_format: ConversationFormat, **kwargs: Any
+        self,
+        token_ids: Sequence[int],
+        skip_special_tokens: bool | None,
+        chat_format: ConversationFormat,
+        **kwargs: Any,
     ) -> str:
         special_texts = self._special_texts(skip_special_tokens, chat_format)
         chunks: list[bytes] = []
@@ -469,34 +505,6 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
             else:
                 chunks.append(text.encode())
         return b"".join(chunks).decode(errors="replace")
-
-
-class PieceTokenizer:
-    """What published code finds as `tokenizer.tokenizer`: the vocabulary, where nothing is added to a text.
-
-    Everything else is passed on to the tokenizer, because libraries take an attribute of this name for the tokenizer.
-    """
-
-    def __init__(self, owner: ChatGLMTokenizersBackend) -> None:
-        self._owner = owner
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_owner":
-            raise AttributeError(name)
-        return getattr(self._owner, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> BatchEncoding:
-        return self._owner(*args, **kwargs)
-
-    @property
-    def n_words(self) -> int:
-        """The number of ids."""
-        return self._owner.vocab_size
-
-    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """The ids of a text, with `<s>` before and `</s>` behind it if asked for."""
-        first, last = [self._owner.bos_token_id] * bos, [self._owner.eos_token_id] * eos
-        return first + self._owner.encode(text, add_special_tokens=False) + last
 
 
 def _check_texts(given: Any) -> None:

@@ -286,6 +286,11 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
     def _special_ids(self, chat_format: ConversationFormat) -> dict[str, int]:
         return self._control_ids(chat_format)
 
+    def _special_names(self) -> dict[int, str]:
+        """What every special token of the vocabulary is called."""
+        tokens = [*self.vocabulary.named_tokens.values(), self.end_token, *self.vocabulary.control_tokens]
+        return {self.sp_tokenizer[token]: token for token in tokens}
+
     def _kept_positions(self, ids: list[int], limit: int) -> list[int]:
         """Which tokens of a conversation stay when it is truncated; the context gives way to what follows it."""
         start = ids.index(self.gmask_token_id) if self.gmask_token_id in ids else len(ids)
@@ -328,16 +333,20 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
     def _decode_ids(
         self,
         token_ids: Sequence[int],
-        skip_special_tokens: bool,
+        skip_special_tokens: bool | None,
         chat_format: ConversationFormat,
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> str:
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        names = self._special_names() if skip_special_tokens is False else {}
         text = ""
         run: list[int] = []
         for index in token_ids:
-            if 0 <= index < self.vocab_size and index not in skipped:
+            if index in names:
+                text += self.sp_tokenizer.decode(run) + names[index]
+                run = []
+            elif 0 <= index < self.vocab_size and index not in skipped:
                 run.append(index)
             elif index in self._added_tokens_decoder and index not in skipped:
                 text += self.sp_tokenizer.decode(run) + self._added_tokens_decoder[index].content

@@ -113,8 +113,15 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         chat_format = self._known_format(chat_format)
         return chat_format.prompt_text(self._with_query(query, history, "user", chat_format))
 
-    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
+    def build_single_message(
+        self, role: str, metadata: str, message: str, tokenize: bool = True, message_prefix: list[int] | None = None
+    ) -> list[int] | str:
         """The ids of one message of ChatGLM3 or GLM-4: the role token, the metadata with a newline, the content.
+
+        Args:
+            role, metadata, message: what the message says.
+            tokenize: give ids. Otherwise the text.
+            message_prefix: ids that come before those of the content.
 
         Raises:
             ValueError: for an unknown role, and in the other generations.
@@ -125,7 +132,16 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
             raise ValueError("ChatGLM-6B has no form for a single message; use `build_chat_input`.")
         messages = chat_format.normalize_messages([{"role": role, "metadata": metadata, "content": message}])
         segments = chat_format.segments(messages, add_generation_prompt=False)[:3]
-        return self._encode_segments(segments, chat_format)[0]
+        if not tokenize:
+            return "".join(segment.text for segment in segments)
+        if message_prefix is None:
+            return self._encode_segments(segments, chat_format)[0]
+        head, content = segments[:2], segments[2:]
+        return [
+            *self._encode_segments(head, chat_format)[0],
+            *message_prefix,
+            *self._encode_segments(content, chat_format)[0],
+        ]
 
     def build_chat_input(
         self,
@@ -328,7 +344,7 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
     def decode(
         self,
         token_ids: Any,
-        skip_special_tokens: bool = False,
+        skip_special_tokens: bool | None = None,
         chat_format: ConversationFormat | None = None,
         **kwargs: Any,
     ) -> str | list[str]:
@@ -336,9 +352,9 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
 
         Args:
             token_ids: an id, a sequence of ids, or a batch of sequences (lists, arrays, tensors, an encoding).
-            skip_special_tokens: drop all special tokens. Otherwise the control tokens of ChatGLM3 and GLM-4 give their
-                names, and those of ChatGLM-6B and ChatGLM2 give nothing, as published. `<s>` and `</s>` never give
-                anything, and `<unk>` does for ChatGLM-6B only.
+            skip_special_tokens: drop all special tokens (True), or write the name of each (False). When not given, it
+                is as published: the control tokens of ChatGLM3 and GLM-4 give their names, and those of ChatGLM-6B
+                and ChatGLM2 give nothing. `<s>` and `</s>` give nothing, and `<unk>` does for ChatGLM-6B only.
             chat_format: the generation to decode for, if not the tokenizer's own.
 
         Returns:
@@ -352,6 +368,19 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         if token_ids and isinstance(token_ids[0], (list, tuple)):
             return [self._decode_ids(ids, skip_special_tokens, chat_format, **kwargs) for ids in token_ids]
         return self._decode_ids(token_ids, skip_special_tokens, chat_format, **kwargs)
+
+    def batch_decode(
+        self,
+        sequences: Any,
+        skip_special_tokens: bool | None = None,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Turn a batch of ids into texts; see `decode`. The library's would always say what is to be skipped."""
+        texts = self.decode(
+            sequences, skip_special_tokens, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **kwargs
+        )
+        return [texts] if isinstance(texts, str) else texts
 
     def convert_ids_to_tokens(self, ids: int | list[int], skip_special_tokens: bool = False) -> str | list[str]:
         """Turn ids into the names of tokens; ids that are not in the vocabulary have the name `""`, as published."""
@@ -367,11 +396,11 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         return self(text, text_pair, None, None, *args, **kwargs)["input_ids"]
 
     def batch_encode_plus(self, batch_text_or_text_pairs: Sequence[Any], **kwargs: Any) -> BatchEncoding:
-        """Encode a batch; the library dropped this name, which published examples use."""
+        """Encode a batch of texts or ids; the library dropped this name, which published examples use."""
         return self(batch_text_or_text_pairs, **kwargs)
 
-    def encode_plus(self, text: str, text_pair: str | None = None, **kwargs: Any) -> BatchEncoding:
-        """Encode a text or a pair; the library dropped this name, which published examples use."""
+    def encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
+        """Encode a text or a pair, or ids; the library dropped this name, which published examples use."""
         return self(text, text_pair, **kwargs)
 
     def save_pretrained(
@@ -403,7 +432,11 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         raise NotImplementedError
 
     def _decode_ids(
-        self, token_ids: Sequence[int], skip_special_tokens: bool, chat_format: ConversationFormat, **kwargs: Any
+        self,
+        token_ids: Sequence[int],
+        skip_special_tokens: bool | None,
+        chat_format: ConversationFormat,
+        **kwargs: Any,
     ) -> str:
         raise NotImplementedError
 

@@ -59,10 +59,12 @@ ARROWS: dict[str, set[str]] = {
         "conversation_chatglm",
         "tokenization_chatglm_6b",
         "tokenization_conversation",
+        "tokenization_published",
         "tokenization_vocabulary",
     },
     "tokenization_chatglm_6b": {"conversation_chatglm", "tokenization_conversation"},
     "tokenization_conversation": {"conversation_chatglm"},
+    "tokenization_published": {"tokenization_conversation"},
     "tokenization_vocabulary": set(),
 }
 
