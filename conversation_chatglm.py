@@ -47,11 +47,13 @@ from .conversation_templates import (
     CHATGLM3_TEMPLATE,
     CHATGLM_6B_TEMPLATE,
     EARLIER_TEMPLATES,
+    GLM4_BUILTIN_TOOLS,
     GLM4_RESPONSE_TEMPLATE,
     GLM4_TEMPLATE,
     GLM4_TOOL_NOTE,
     GLM4_TOOLS_HEADING,
     GLM4_TOOLS_PROMPT,
+    PUBLISHED_TEMPLATES,
     TOOLS_PROMPT,
 )
 
@@ -91,32 +93,32 @@ class ConversationFormat:
     Attributes:
         name: the generation, such as `"chatglm3"`.
         opening_tokens: the control tokens that every encoding starts with.
-        stop_tokens: the tokens that end an answer. The first one closes the last answer of a conversation in training.
+        stop_tokens: the tokens that end an answer.
+        closing_token: what the published fine-tuning puts behind the last answer of a conversation.
         chat_template: the Jinja template that renders a conversation as one string.
         response_template: how the library's `parse_response` reads an answer; `None` where an answer is plain text.
         chat_defaults: the published defaults of `chat`, as arguments of `generate`. `max_length` counts the prompt.
         uses_pairs: whether a history is natively a list of `(question, answer)` pairs instead of dicts.
-        knows_tools: whether tools can be offered and called.
     """
 
     name: str
     opening_tokens: tuple[str, ...] = ()
     stop_tokens: tuple[str, ...]
+    closing_token: str
     chat_template: str = field(repr=False)
     response_template: Mapping[str, Any] | None = field(default=None, repr=False)
     chat_defaults: Mapping[str, Any]
 
     uses_pairs: ClassVar[bool]
-    knows_tools: ClassVar[bool]
 
     def normalize_messages(self, history: Sequence[Any] | None) -> list[Message]:
         """Bring a history of any form into the published message dicts.
 
         Args:
             history: `None`, or a sequence of `(question, answer)` pairs and message dicts. A dict has `role` and
-                `content`, and may have `metadata` (assistant) and `tools` (system). OpenAI's form is understood: the
-                role `tool`, `tool_calls`, a `content` that is `None` or a list of text parts, tools wrapped in
-                `function`.
+                `content`, and may have `metadata` (assistant) and `tools` (system: a list of descriptions, or a dict
+                of them by name). OpenAI's form is understood: the role `tool`, `tool_calls`, a `content` that is
+                `None` or a list of text parts, tools wrapped in `function`.
 
         Returns:
             New dicts, with roles out of `ROLES`; nothing of the caller's is changed or shared.
@@ -142,15 +144,16 @@ class ConversationFormat:
                 )
         return messages
 
-    def add_tools(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Message]:
+    def add_tools(self, messages: Sequence[Message], tools: Any) -> list[Message]:
         """Offer `tools` in the system message of a normalized conversation, which is added where there is none.
 
         Args:
             messages: what `normalize_messages` returns; left as it is.
-            tools: descriptions of functions, in OpenAI's form or bare; `None` for no tools.
+            tools: descriptions of functions, in OpenAI's form or bare, in a list or in a dict by name; `None` for no
+                tools.
 
         Raises:
-            TypeError: if `tools` is not a list of descriptions.
+            TypeError: if `tools` holds no descriptions.
             ValueError: if the system message offers tools already, or the generation knows no tools.
         """
         raise NotImplementedError
@@ -160,21 +163,39 @@ class ConversationFormat:
 
         Args:
             messages: what `normalize_messages` returns.
-            add_generation_prompt: end with what asks for an answer. Otherwise an answer at the end is closed by the
-                first of the `stop_tokens`.
+            add_generation_prompt: end with what asks for an answer. Otherwise the conversation is closed, if it
+                `is_complete`.
 
         Raises:
             ValueError: for a conversation that the generation has no form for (ChatGLM-6B and ChatGLM2: tools, roles
-                out of order; GLM-4: tools without a name), and for text that `check_text` refuses.
+                out of order; ChatGLM3: built-in tools; GLM-4: tools without a name), and for text that `check_text`
+                refuses.
         """
         raise NotImplementedError
 
+    def is_complete(self, messages: Sequence[Message]) -> bool:
+        """Whether a conversation ends with an answer to something before it, so that the `closing_token` follows.
+
+        An answer alone is a piece of a conversation: the published fine-tuning of GLM-4 writes message by message.
+        """
+        roles = [message["role"] for message in messages]
+        return roles[-1:] == ["assistant"] and set(roles) != {"assistant"}
+
     def current_template(self, saved: Any) -> Any:
-        """What a tokenizer renders with: the template saved with it, unless it has none or one that was ours before."""
-        is_earlier = (
-            isinstance(saved, str) and hashlib.sha256(saved.encode(errors="replace")).hexdigest() in EARLIER_TEMPLATES
-        )
-        return self.chat_template if is_earlier or not saved else saved
+        """What a tokenizer renders with: ours, unless a template of somebody's own was saved with it.
+
+        Args:
+            saved: a template, several by name (a dict, or a list as tokenizer_config.json has it), or nothing. Those
+                of the published folders and of earlier versions of these files are known, whatever their white space.
+        """
+        if isinstance(saved, (list, tuple)) and all(isinstance(item, Mapping) for item in saved):
+            saved = {item.get("name"): item.get("template") for item in saved}
+        if isinstance(saved, Mapping):
+            templates = {name: self.current_template(template) for name, template in saved.items()}
+            has_own = any(template != self.chat_template for template in templates.values())
+            return templates if has_own else self.chat_template
+        shipped = [known.chat_template for known in CONVERSATION_FORMATS.values()]
+        return self.chat_template if not saved or saved in shipped or _is_known_template(saved) else saved
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """The text that asks for an answer, without the control tokens that the tokenizer adds to every text."""
@@ -189,8 +210,9 @@ class ConversationFormat:
 
         Returns:
             The response, and the assistant messages to append to the conversation. The response is a string, or for a
-            call `{"name", "parameters"}` if tools were offered and `{"name", "content"}` if not (code interpreter). An
-            answer of several parts gives one message each; the response is the last one's.
+            call `{"name", "parameters"}` if tools were offered and `{"name", "content"}` if not (code interpreter) or
+            if the tool is a built-in one. An answer of several parts gives one message each; the response is the last
+            one's.
         """
         raise NotImplementedError
 
@@ -273,9 +295,8 @@ class RoundFormat(ConversationFormat):
     widens_punctuation: bool
 
     uses_pairs: ClassVar[bool] = True
-    knows_tools: ClassVar[bool] = False
 
-    def add_tools(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Message]:
+    def add_tools(self, messages: Sequence[Message], tools: Any) -> list[Message]:
         """Refuse tools; see `ConversationFormat.add_tools`."""
         if tools is not None:
             raise _no_tools(tools)
@@ -315,7 +336,7 @@ class RoundFormat(ConversationFormat):
             segments += [Segment(token, True, answer is not None) for token in self.answer_opening[-1:]]
         if answer is not None:
             # The published fine-tuning scripts encode the prompt and the last answer separately.
-            segments += [Segment(answer, False, True), Segment(self.stop_tokens[0], True, True)]
+            segments += [Segment(answer, False, True), Segment(self.closing_token, True, True)]
         return _checked_segments(segments)
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
@@ -339,18 +360,19 @@ class RoleFormat(ConversationFormat):
         tools_prompt: the system text above tools that are offered without a system message.
         tools_heading: what follows the system text where tools are offered beside the messages.
         tools_text: writes the descriptions of tools behind the system text.
+        builtin_tools: the names of the tools that are offered by their `type`, and called with plain text.
         call_text: writes the arguments of a call.
     """
 
     tools_prompt: str = field(repr=False)
     tools_heading: str = ""
-    tools_text: Callable[[Sequence[Mapping[str, Any]]], str]
+    tools_text: Callable[[Any], str]
+    builtin_tools: tuple[str, ...] = ()
     call_text: Callable[[Mapping[str, Any]], str]
 
     uses_pairs: ClassVar[bool] = False
-    knows_tools: ClassVar[bool] = True
 
-    def add_tools(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Message]:
+    def add_tools(self, messages: Sequence[Message], tools: Any) -> list[Message]:
         """See `ConversationFormat.add_tools`."""
         messages = list(messages)
         if tools is None:
@@ -364,8 +386,9 @@ class RoleFormat(ConversationFormat):
         return [{**system, "content": content, "tools": _normalize_tools(tools, "`tools`")}, *messages]
 
     def write_tool_call(self, name: str, arguments: Mapping[str, Any] | str) -> Message:
-        """See `ConversationFormat.write_tool_call`."""
-        content = write_call(name, arguments, self.call_text)
+        """See `ConversationFormat.write_tool_call`; a built-in tool takes its text as it is."""
+        is_text = name in self.builtin_tools and isinstance(arguments, str)
+        content = str(arguments) if is_text else write_call(name, arguments, self.call_text)
         return {"role": "assistant", "metadata": name, "content": content}
 
     def segments(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Segment]:
@@ -384,8 +407,8 @@ class RoleFormat(ConversationFormat):
             was_answer = is_answer
         if add_generation_prompt:
             segments.append(Segment("<|assistant|>", True, was_answer))
-        elif was_answer:
-            segments.append(Segment(self.stop_tokens[0], True, True))
+        elif self.is_complete(messages):
+            segments.append(Segment(self.closing_token, True, True))
         return _checked_segments(segments)
 
     def read_answer(self, text: str, messages: Sequence[Message]) -> tuple[str | dict[str, Any], list[Message]]:
@@ -400,10 +423,11 @@ class RoleFormat(ConversationFormat):
             if not metadata.strip():
                 content = content.strip()
                 response = content.replace(*TRAINING_TIME)
-            elif not has_tools:
-                response = {"name": metadata.strip(), "content": content}
-            elif (parameters := parse_tool_call(content)) is not None:
+            elif has_tools and (parameters := parse_tool_call(content)) is not None:
                 response = {"name": metadata.strip(), "parameters": parameters}
+            # CODEPATH: glm4 has built-in tools; chatglm3 has its code interpreter where nothing else is offered.
+            elif not has_tools or metadata.strip() in self.builtin_tools:
+                response = {"name": metadata.strip(), "content": content}
             else:
                 response = part.strip()
             answers.append({"role": "assistant", "metadata": metadata, "content": content})
@@ -437,22 +461,6 @@ def check_text(text: str) -> None:
         ) from None
 
 
-def openai_tool_calls(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The tool calls in assistant messages, in OpenAI's form with the arguments as a dict.
-
-    Messages that `parse_tool_call` cannot read are left out.
-
-    Args:
-        messages: assistant messages, such as `read_answer` returns.
-    """
-    calls = []
-    for message in messages:
-        name = message.get("metadata", "").strip()
-        if name and (arguments := parse_tool_call(message["content"])) is not None:
-            calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
-    return calls
-
-
 def _content_text(content: Any, place: str) -> str:
     if content is None:
         return ""
@@ -473,33 +481,66 @@ def _content_text(content: Any, place: str) -> str:
     return "".join(texts)
 
 
-def _normalize_tools(tools: Any, place: str) -> list[dict[str, Any]]:
-    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise TypeError(f"{place} must be a list of function descriptions (dicts), got {reprlib.repr(tools)}.")
-    functions = [tool.get("function", tool) for tool in tools]
+def _is_known_template(template: Any) -> bool:
+    """Whether a template is one that the published folders or earlier versions of these files have."""
+    if not isinstance(template, str):
+        return False
+    digest = hashlib.sha256("".join(template.split()).encode(errors="replace")).hexdigest()
+    return digest in EARLIER_TEMPLATES or digest in PUBLISHED_TEMPLATES
+
+
+def _normalize_tools(tools: Any, place: str) -> Any:
+    # The published `get_tools` give a dict, which ChatGLM3 writes as it is.
+    descriptions = list(tools.values()) if isinstance(tools, Mapping) else tools
+    if not isinstance(descriptions, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in descriptions):
+        raise TypeError(
+            f"{place} must be a list of function descriptions (dicts), or a dict of them by name, got "
+            f"{reprlib.repr(tools)}."
+        )
+    functions = [tool.get("function", tool) for tool in descriptions]
     for function in functions:
         if not isinstance(function, Mapping):
             raise TypeError(
                 f"Each of {place} must describe a function by a dict with its `name` and `parameters`, got "
                 f"{reprlib.repr(function)}."
             )
-        try:
-            json.dumps(dict(function))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise TypeError(f"{place} must hold JSON values ({error}), got {reprlib.repr(function)}.") from error
-    return [copy.deepcopy(dict(function)) for function in functions]
+    written = dict(tools) if isinstance(tools, Mapping) else [dict(function) for function in functions]
+    try:
+        json.dumps(written)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"{place} must hold JSON values ({error}), got {reprlib.repr(written)}.") from error
+    return copy.deepcopy(written)
 
 
-def _tools_as_list(tools: Sequence[Mapping[str, Any]]) -> str:
+def _type_without_name(tool: Mapping[str, Any]) -> str:
+    """The type of a built-in tool, which has nothing else; empty for a function."""
+    kind = tool.get("type")
+    return kind if isinstance(kind, str) and "name" not in tool else ""
+
+
+def _tools_as_list(tools: Any) -> str:
+    for tool in tools if not isinstance(tools, Mapping) else ():
+        if kind := _type_without_name(tool):
+            raise ValueError(
+                f"The tool of type {kind!r} is built into GLM-4, not into ChatGLM3, which has to be told the `name` and "
+                "`parameters` of a tool. Its code interpreter answers where no tools are offered."
+            )
     return "\n" + json.dumps(tools, indent=4, ensure_ascii=False)
 
 
-def _tools_as_sections(tools: Sequence[Mapping[str, Any]]) -> str:
+def _tools_as_sections(tools: Any) -> str:
     text = ""
-    for tool in tools:
-        if not isinstance(tool.get("name"), str):
-            raise ValueError(f"GLM-4 writes the name of a tool above it, and this one has none: {reprlib.repr(tool)}.")
-        text += f"\n\n## {tool['name']}\n\n{json.dumps(tool, indent=4, ensure_ascii=False)}{GLM4_TOOL_NOTE}"
+    for item in tools.values() if isinstance(tools, Mapping) else tools:
+        tool = item.get("function", item)
+        if (kind := _type_without_name(tool)) in GLM4_BUILTIN_TOOLS:
+            text += f"\n\n## {kind}\n\n{GLM4_BUILTIN_TOOLS[kind]}"
+        elif isinstance(tool.get("name"), str):
+            text += f"\n\n## {tool['name']}\n\n{json.dumps(tool, indent=4, ensure_ascii=False)}{GLM4_TOOL_NOTE}"
+        else:
+            raise ValueError(
+                f"GLM-4 writes the name of a tool above it, and this one has none: {reprlib.repr(tool)}. Its built-in "
+                f"tools are the types {', '.join(GLM4_BUILTIN_TOOLS)}."
+            )
     return text
 
 
@@ -548,6 +589,7 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
         RoundFormat(
             name="chatglm",
             stop_tokens=("<eop>",),
+            closing_token="<eop>",
             chat_template=CHATGLM_6B_TEMPLATE,
             chat_defaults={"max_length": 2048, "top_p": 0.7, "temperature": 0.95},
             first_round=0,
@@ -561,6 +603,7 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             name="chatglm2",
             opening_tokens=("[gMASK]", "sop"),
             stop_tokens=("</s>",),
+            closing_token="</s>",
             chat_template=CHATGLM2_TEMPLATE,
             chat_defaults={"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
             first_round=1,
@@ -573,6 +616,7 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             name="chatglm3",
             opening_tokens=("[gMASK]", "sop"),
             stop_tokens=("</s>", "<|user|>", "<|observation|>"),
+            closing_token="</s>",
             chat_template=CHATGLM3_TEMPLATE,
             response_template=CHATGLM3_RESPONSE_TEMPLATE,
             # No `max_length`: the published `chat` goes up to the length of the checkpoint.
@@ -585,12 +629,14 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             name="glm4",
             opening_tokens=("[gMASK]", "<sop>"),
             stop_tokens=("<|endoftext|>", "<|user|>", "<|observation|>"),
+            closing_token="<|user|>",
             chat_template=GLM4_TEMPLATE,
             response_template=GLM4_RESPONSE_TEMPLATE,
             chat_defaults={"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
             tools_prompt=GLM4_TOOLS_PROMPT,
             tools_heading=GLM4_TOOLS_HEADING,
             tools_text=_tools_as_sections,
+            builtin_tools=tuple(GLM4_BUILTIN_TOOLS),
             call_text=call_as_json,
         ),
     )
@@ -607,6 +653,5 @@ __all__ = [
     "Segment",
     "check_text",
     "conversation_format",
-    "openai_tool_calls",
     "parse_tool_call",
 ]

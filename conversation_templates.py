@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The Jinja and response templates of the four generations, as data.
+"""The Jinja and response templates of the four generations and the texts about tools in them, as data.
 
 A chat template shows how a conversation reads as one string, for other programs and for people; this repository's own
 ids come from `ConversationFormat.segments`. The tags strip the white space around them, so only what stands inside
@@ -19,6 +19,7 @@ ids come from `ConversationFormat.segments`. The tags strip the white space arou
 `ConversationFormat.read_answer` is the exact way.
 """
 
+import json
 from typing import Any
 
 
@@ -31,11 +32,51 @@ GLM4_TOOLS_PROMPT = (
 # What GLM-4 writes between its system text and the tools, and below each of them.
 GLM4_TOOLS_HEADING = "\n\n# 可用工具"
 GLM4_TOOL_NOTE = "\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
+# What GLM-4 was taught to read about the tools that it knows by their `type` alone.
+GLM4_BUILTIN_TOOLS = {
+    "python": (
+        "当你向 `python` 发送包含 Python 代码的消息时，该代码将会在一个有状态的 Jupyter notebook 环境中执行。\n"
+        "`python` 返回代码执行的输出，或在执行 60 秒后返回超时。\n"
+        "`/mnt/data` 将会持久化存储你的文件。在此会话中，`python` 无法访问互联网。"
+        "不要使用 `python` 进行任何网络请求或者在线 API 调用，这些在线内容的访问将不会成功。"
+    ),
+    "simple_browser": (
+        "你可以使用 `simple_browser` 工具。该工具支持以下函数：\n"
+        "`search(query: str, recency_days: int)`：使用搜索引擎进行查询并显示结果，"
+        "可以使用 `recency_days` 参数控制搜索内容的时效性。\n"
+        "`mclick(ids: list[int])`：获取一系列指定 id 的页面内容。每次调用时，须选择3-10个页面。选择多个角度的页面，"
+        "同时尽可能选择可信任的信息来源。考虑到部分页面是无法加载的，你也可以多打开一些可能有用的页面而不用担心内容过多。\n"
+        "`open_url(url: str)`：打开指定的 URL。\n"
+        "\n"
+        "使用 `【{引用 id}†{引用文本}】` 来引用内容。\n"
+        "\n"
+        "操作步骤：1. 使用 `search` 来获得信息列表; 2. 使用 `mclick` 来获取指定 ID 页面的内容; 3. 根据获得的内容进行回复。"
+        "在回复中应当引用信息来源。\n"
+        " 如果用户提供了 URL，也可以用 `open_url` 直接打开页面。\n"
+        "如果初次搜索结果没有找到合适的信息，也可以再次使用 `search` 进行搜索。"
+    ),
+    "cogview": (
+        "如果用户的请求中包含了对图像的描述，你可以使用 `cogview` 来生成图像并展示给用户。你需要向 `cogview` 发送图像描述，规则：\n"
+        "- 发送给 `cogview` 的消息必须使用英语。用户的中文描述必须完全翻译为英语。\n"
+        "- 应当尽可能详细地描述图像生成的需求，需求描述约 100 英文单词。\n"
+        "- 保持用户原始描述的意图。不要虚构内容或者没见过的人物。\n"
+        "- 如无特殊说明，所在地为中国，持有中国立场并遵循中国社会主义价值观。"
+    ),
+}
 
-# SHA-256 of templates that earlier versions of these files saved with a tokenizer. They are replaced when it loads.
+# SHA-256, white space left out, of templates that are replaced when a tokenizer loads: those that version 0.1.0 of these
+# files saved, in the order of the generations,
 EARLIER_TEMPLATES = (
-    "979dd63fdb050def949249eff41340417480efe6e84233e954c7f0da3bbcc5c9",
-    "fc89b400e6431f595b9ba7d36666746c2f2860d0214a86514d32b848e6ae5c5e",
+    "c73d0339ca6a1f604160e2daeb66b9f4f84cdf96bc4bead8ff219ca381d5a372",
+    "1e74cc7693d22defdbc92cce40d88ad4f4093880c3bc0c1dae7cf8c91ef77b8e",
+    "985fe5a6844fe3cc38aeb339f2b5948c8c44c615005f44d2becf4ab2bf5d8367",
+    "01f9ed5cfd47afb7974bb8f9ac8ea91b337917972bc62a87d5aeada7775fc105",
+)
+# and those of the published folders: ChatGLM3-6B from revision 103caa4 on, GLM-4-9B's first revisions and its later ones.
+PUBLISHED_TEMPLATES = (
+    "3c0be383fbfffae79183c26a8e4612687a5c7a48f8878d4cef48959272a33196",
+    "17508a206ec9562cfc9cac0c43398c99fa85f28dac0ab8b7d09d742c7b09635d",
+    "5a7b85cc09484d87cefb8073540ceeb1b74c21a2610a4c62da3a1e23a17273c3",
 )
 
 CHATGLM_6B_TEMPLATE = """{%- if tools %}
@@ -95,13 +136,20 @@ CHATGLM2_TEMPLATE = """[gMASK]sop
 
 CHATGLM3_TEMPLATE = (
     """[gMASK]sop
-{%- if tools and tools[0]['function'] %}
-    {%- set tools = tools | map(attribute='function') | list %}
-{%- endif %}
+{%- macro listed(offered) %}
+    {%- set written = namespace(tools=[]) %}
+    {%- for item in offered if offered is not mapping %}
+        {%- if not item['function'] and not item['name'] and item['type'] %}
+            {{- raise_exception('ChatGLM3 knows no built-in tool ' ~ item['type']) }}
+        {%- endif %}
+        {%- set written.tools = written.tools + [item['function'] or item] %}
+    {%- endfor %}
+    {{- '\\n' + (offered if offered is mapping else written.tools) | tojson(indent=4) }}
+{%- endmacro %}
 {%- if tools and messages[0]['role'] != 'system' %}
     {{- '<|system|>\\n"""
     + TOOLS_PROMPT
-    + """\\n' + tools | tojson(indent=4) }}
+    + """' + listed(tools) }}
 {%- endif %}
 {%- for message in messages %}
     {%- set role = 'observation' if message['role'] == 'tool' else message['role'] %}
@@ -111,7 +159,7 @@ CHATGLM3_TEMPLATE = (
     {%- elif role != 'assistant' %}
         {%- set offered = message['tools'] if message['tools'] is defined else (tools if loop.first else none) %}
         {{- '<|' + role + '|>' + (message['metadata'] or '') + '\\n' + content }}
-        {{- '\\n' + offered | tojson(indent=4) if role == 'system' and offered is not none }}
+        {{- listed(offered) if role == 'system' and offered is not none }}
     {%- else %}
         {%- if content or not message['tool_calls'] %}
             {{- '<|assistant|>' }}
@@ -133,23 +181,30 @@ CHATGLM3_TEMPLATE = (
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|assistant|>' }}
-{%- elif messages[-1]['role'] == 'assistant' %}
+{%- elif messages[-1]['role'] == 'assistant' and (tools or messages | rejectattr('role', 'equalto', 'assistant') | list) %}
     {%- generation %}{{ '</s>' }}{% endgeneration %}
 {%- endif %}"""
 )
 
 GLM4_TEMPLATE = (
     """[gMASK]<sop>
+{%- set builtin_tools = """
+    + json.dumps(GLM4_BUILTIN_TOOLS, ensure_ascii=False)
+    + """ %}
 {%- macro sections(offered) %}
-    {%- for tool in offered %}
-        {{- '\\n\\n## ' + tool['name'] + '\\n\\n' + tool | tojson(indent=4) + '"""
+    {%- for item in (offered.values() if offered is mapping else offered) %}
+        {%- set tool = item['function'] or item %}
+        {%- if tool['name'] is string %}
+            {{- '\\n\\n## ' + tool['name'] + '\\n\\n' + tool | tojson(indent=4) + '"""
     + GLM4_TOOL_NOTE.replace("\n", "\\n")
     + """' }}
+        {%- elif tool['type'] in builtin_tools %}
+            {{- '\\n\\n## ' + tool['type'] + '\\n\\n' + builtin_tools[tool['type']] }}
+        {%- else %}
+            {{- raise_exception('GLM-4 writes the name of a tool above it, and this one has none') }}
+        {%- endif %}
     {%- endfor %}
 {%- endmacro %}
-{%- if tools and tools[0]['function'] %}
-    {%- set tools = tools | map(attribute='function') | list %}
-{%- endif %}
 {%- if tools and messages[0]['role'] != 'system' %}
     {{- '<|system|>\\n"""
     + (GLM4_TOOLS_PROMPT + GLM4_TOOLS_HEADING).replace("\n", "\\n")
@@ -186,25 +241,31 @@ GLM4_TEMPLATE = (
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|assistant|>' }}
-{%- elif messages[-1]['role'] == 'assistant' %}
-    {%- generation %}{{ '<|endoftext|>' }}{% endgeneration %}
+{%- elif messages[-1]['role'] == 'assistant' and (tools or messages | rejectattr('role', 'equalto', 'assistant') | list) %}
+    {%- generation %}{{ '<|user|>' }}{% endgeneration %}
 {%- endif %}"""
 )
+
+# The name of a tool that may be called, at the beginning of an answer or of its next part. A text begins with an empty
+# line, and where a model leaves that out, its first punctuation or its length tells that it is no name.
+TOOL_NAME = r"(?P<name>[\w.:/\-]{1,64}+)[ ]*\n"
 
 CHATGLM3_RESPONSE_TEMPLATE: dict[str, Any] = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<|assistant|>",
     "fields": {
         "tool_calls": {
-            # No lookahead: the streaming parser would miss a delimiter that arrives in pieces.
-            "open_pattern": r"(?:^|<\|assistant\|>)\s*(?P<name>[^\s<`]+)[ ]*\n[ ]*```\w*\n\s*tool_call\(",
+            # The vocabulary decodes with a space before the name and before the fence.
+            "open_pattern": r"(?:^|<\|assistant\|>)[ ]*" + TOOL_NAME + r"[ ]*```\w*\n\s*tool_call\(",
             "close_pattern": r"\s*```\s*",
             "repeats": True,
             "content": "xml-inline",
             "content_args": {
-                # Python writes 'text' where JSON writes "text": `string_delims` reads both.
-                "tag_pattern": r"(?:^|,)\s*(?P<key>\w+)\s*=\s*(?P<value>'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
-                r"|\[[^\]]*\]|\{[^}]*\}|[^,()]+)",
+                # Python writes 'text' where JSON writes "text": `string_delims` reads both, but not the two characters
+                # that the library keeps for itself there.
+                "tag_pattern": r"(?:^|,)\s*(?P<key>\w+)\s*=\s*(?P<value>'(?:[^'\\\x01\x02]|\\.)*+'|\"(?:[^\"\\\x01\x02]|\\.)*+\""
+                r"|(?P<nest>[\[{](?:[^\[\]{}'\"\x01\x02]|'(?:[^'\\\x01\x02]|\\.)*+'|\"(?:[^\"\\\x01\x02]|\\.)*+\"|(?&nest))*+[\]}])"
+                r"|[^,()\[\]{}\x01\x02]+)",
                 "value_parser": {
                     "name": "json",
                     "args": {"string_delims": [["'", "'"]], "allow_non_json": True},
@@ -212,7 +273,7 @@ CHATGLM3_RESPONSE_TEMPLATE: dict[str, Any] = {
             },
             "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
         },
-        "content": {"close": ["<|user|>", "<|observation|>", "</s>"], "content": "text"},
+        "content": {"close": ["<|assistant|>", "<|user|>", "<|observation|>", "</s>"], "content": "text"},
     },
 }
 
@@ -221,19 +282,19 @@ GLM4_RESPONSE_TEMPLATE: dict[str, Any] = {
     "start_anchor": "<|assistant|>",
     "fields": {
         "tool_calls": {
-            "open_pattern": r"(?:^|<\|assistant\|>|(?<=<\|assistant\|>))\s*(?P<name>[^\s<{]+)[ ]*\n\s*\{",
+            # A built-in tool takes any text, a function a JSON object.
+            "open_pattern": r"(?:^|<\|assistant\|>|(?<=<\|assistant\|>))[ ]*(?:(?P<name>"
+            + "|".join(GLM4_BUILTIN_TOOLS)
+            + r")[ ]*\n|"
+            + TOOL_NAME
+            + r"\s*(?=\{))",
             "close_pattern": r"\s*(?:<\|assistant\|>|<\|user\|>|<\|observation\|>|<\|endoftext\|>)",
             "repeats": True,
-            # The brace that told a call from a text is gone, so what is in it is read pair by pair.
-            "content": "xml-inline",
-            "content_args": {
-                "tag_pattern": r"\"(?P<key>(?:[^\"\\]|\\.)*)\"\s*:\s*(?P<value>\"(?:[^\"\\]|\\.)*\""
-                r"|(?P<nest>[\[{](?:[^\[\]{}\"]|\"(?:[^\"\\]|\\.)*\"|(?&nest))*[\]}])|[^\s,}]+)",
-                "value_parser": {"name": "json", "args": {"allow_non_json": True}},
-            },
+            "content": "json",
+            "content_args": {"allow_non_json": True},
             "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
         },
-        "content": {"close": ["<|user|>", "<|observation|>", "<|endoftext|>"], "content": "text"},
+        "content": {"close": ["<|assistant|>", "<|user|>", "<|observation|>", "<|endoftext|>"], "content": "text"},
     },
 }
 
@@ -244,10 +305,12 @@ __all__ = [
     "CHATGLM3_TEMPLATE",
     "CHATGLM_6B_TEMPLATE",
     "EARLIER_TEMPLATES",
+    "GLM4_BUILTIN_TOOLS",
     "GLM4_RESPONSE_TEMPLATE",
     "GLM4_TEMPLATE",
     "GLM4_TOOLS_HEADING",
     "GLM4_TOOLS_PROMPT",
     "GLM4_TOOL_NOTE",
+    "PUBLISHED_TEMPLATES",
     "TOOLS_PROMPT",
 ]

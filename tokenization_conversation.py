@@ -179,7 +179,7 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
 
         Args:
             messages: message dicts of any form `normalize_messages` takes.
-            add_generation_prompt: ask for an answer. Otherwise an answer at the end is closed by the end token.
+            add_generation_prompt: ask for an answer. Otherwise an answer at the end is closed, unless it stands alone.
             chat_format: the generation to encode for, if not the tokenizer's own.
         """
         return self.encode_conversation_with_mask(messages, add_generation_prompt, chat_format)[0]
@@ -199,7 +199,7 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
     def apply_chat_template(
         self,
         conversation: Any,
-        tools: Sequence[dict[str, Any] | Callable] | None = None,
+        tools: Sequence[dict[str, Any] | Callable] | Mapping[str, Any] | None = None,
         documents: Any = None,
         chat_template: str | None = None,
         *,
@@ -215,20 +215,18 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
 
         Args:
             conversation: a list of messages, or a list of such lists.
-            tools: functions or their descriptions, for the system message.
+            tools: functions or their descriptions, for the system message; GLM-4's built-in tools as `{"type": ...}`.
             chat_format: the generation to write for, if not the tokenizer's own.
 
         Raises:
             TypeError, ValueError: for a conversation that has no form in this generation.
         """
         tokenizer_kwargs = tokenizer_kwargs or {}
-        shipped = [known.chat_template for known in CONVERSATION_FORMATS.values()]
-        if (self.chat_template if chat_template is None else chat_template) not in shipped:
+        # One of several templates may be asked for by its name.
+        chat_template = self.get_chat_template(chat_template, tools)
+        if chat_template not in [known.chat_template for known in CONVERSATION_FORMATS.values()]:
             return super().apply_chat_template(
-                conversation,
-                tools=tools,
-                documents=documents,
-                chat_template=chat_template,
+                *(conversation, tools, documents, chat_template),
                 tokenize=tokenize,
                 # Such a template writes control tokens as text, and this class does not look for them in text.
                 tokenizer_kwargs={"split_special_tokens": False, **tokenizer_kwargs},
@@ -244,9 +242,10 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
             for chat in (conversation if is_batched else [conversation])
         ]
         if not tokenize:
-            conversation = chats if is_batched else chats[0]
-            template = chat_format.chat_template
-            return super().apply_chat_template(conversation, chat_template=template, tokenize=False, **kwargs)
+            written = chats if is_batched else chats[0]
+            return super().apply_chat_template(
+                written, None, None, chat_format.chat_template, tokenize=False, **kwargs
+            )
         encoded = self._encode_chats(chats, chat_format, **tokenizer_kwargs, **kwargs)
         if not is_batched and kwargs.get("return_tensors") is None:
             encoded = BatchEncoding({key: value[0] for key, value in encoded.items()})
@@ -270,7 +269,7 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         columns: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
         for chat in chats:
             ids, mask = self.encode_conversation_with_mask(chat, add_generation_prompt, chat_format)
-            if continue_final_message:
+            if continue_final_message and chat_format.is_complete(chat):
                 ids.pop()
             kept = list(range(len(ids)))
             if truncation and truncation != "do_not_truncate":
@@ -459,7 +458,7 @@ def _is_chat(item: Any) -> bool:
 
 def _checked_chat(
     messages: Any,
-    tools: Sequence[dict[str, Any] | Callable] | None,
+    tools: Any,
     chat_format: ConversationFormat,
     add_generation_prompt: bool = False,
     continue_final_message: bool | str = False,

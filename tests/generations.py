@@ -72,6 +72,7 @@ TINY: dict[str, dict[str, Any]] = {
     "glm4": {"model_version": "glm4", "rope_ratio": 500, "multi_query_group_num": 4, "layernorm_epsilon": 1.5625e-07},
 }
 GENERATIONS = list(TINY)
+CALLING_GENERATIONS = list(dict.fromkeys(case.model_version for case in RECORDED.values() if case.has_roles))
 CAUSAL_GENERATIONS = [name for name in TINY if name != "chatglm"]
 
 every_generation = pytest.mark.parametrize("version", GENERATIONS)

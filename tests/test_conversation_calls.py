@@ -23,11 +23,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from generations import CALLING_GENERATIONS
 
 
 pytestmark = pytest.mark.floor
-
-CALLING_VERSIONS = ["chatglm3", "glm4"]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +160,7 @@ def test_a_name_that_python_cannot_hold_is_refused(formats: dict[str, Any], name
     assert json.loads(message["content"]) == {name: 1}
 
 
-@pytest.mark.parametrize("version", CALLING_VERSIONS)
+@pytest.mark.parametrize("version", CALLING_GENERATIONS)
 @pytest.mark.parametrize(
     "value",
     [float("inf"), float("-inf"), float("nan"), [float("nan")], {1}, b"x", 1j, {"k": print}, {(1, 2): 3}],
@@ -172,7 +171,7 @@ def test_a_value_without_a_json_form_is_refused(formats: dict[str, Any], version
         formats[version].write_tool_call("f", {"a": value})
 
 
-@pytest.mark.parametrize("version", CALLING_VERSIONS)
+@pytest.mark.parametrize("version", CALLING_GENERATIONS)
 @pytest.mark.parametrize("kind", ["half a character", "long", "deep"])
 def test_a_call_that_could_not_be_read_back_is_refused(formats: dict[str, Any], version: str, kind: str) -> None:
     value: Any = {"half a character": "\ud800", "long": "x" * 100_000, "deep": []}[kind]
@@ -182,14 +181,14 @@ def test_a_call_that_could_not_be_read_back_is_refused(formats: dict[str, Any], 
         formats[version].write_tool_call("f", {"a": value})
 
 
-@pytest.mark.parametrize("version", CALLING_VERSIONS)
+@pytest.mark.parametrize("version", CALLING_GENERATIONS)
 @pytest.mark.parametrize("name", ["", " ", "f\ng", " f"])
 def test_a_tool_has_a_name_of_one_line(formats: dict[str, Any], version: str, name: str) -> None:
     with pytest.raises(ValueError, match="The name of a tool must be one line"):
         formats[version].normalize_messages([{"role": "assistant", "tool_calls": [{"function": {"name": name}}]}])
 
 
-@pytest.mark.parametrize("version", CALLING_VERSIONS)
+@pytest.mark.parametrize("version", CALLING_GENERATIONS)
 def test_what_is_written_is_read(formats: dict[str, Any], version: str) -> None:
     arguments = {"from": (1, 2), "城市": {"深": [None, True, -0.5, 10**30]}, "_ª": "'\"\\\n\x00\u2028😀", "e": 1e-7}
     message = formats[version].write_tool_call("f", arguments)

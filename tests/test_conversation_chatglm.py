@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from generations import CALLING_GENERATIONS, GENERATIONS
 
 
 pytestmark = pytest.mark.floor
@@ -127,10 +128,10 @@ def test_nothing_of_the_caller_is_changed_or_shared(formats: dict[str, Any]) -> 
     assert WEATHER["parameters"]["type"] == "object"
 
 
-@pytest.mark.parametrize("version", ["chatglm", "chatglm2", "chatglm3", "glm4"])
+@pytest.mark.parametrize("version", GENERATIONS)
 def test_normalizing_twice_changes_nothing(formats: dict[str, Any], version: str) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": [1, "'"]}}]}
-    once = formats[version].normalize_messages([("q", "a"), *([call] if formats[version].knows_tools else [])])
+    once = formats[version].normalize_messages([("q", "a"), *([call] if version in CALLING_GENERATIONS else [])])
     assert formats[version].normalize_messages(once) == once
 
 
@@ -294,6 +295,63 @@ def test_tools_of_glm4(conversation: ModuleType, formats: dict[str, Any], writte
         written(formats["glm4"].add_tools([user], [{"parameters": {}}]), "glm4")
 
 
+@pytest.mark.parametrize("version", GENERATIONS)
+def test_built_in_tools_are_those_of_glm4(conversation: ModuleType, written: Callable[..., str], version: str) -> None:
+    user = {"role": "user", "content": "q"}
+    for kind, text in conversation.GLM4_BUILTIN_TOOLS.items():
+        messages = [{"role": "system", "content": "s", "tools": [{"type": kind}, OPENAI_WEATHER]}, user]
+        if version == "glm4":
+            assert written(messages, version).startswith(
+                f"<|system|>\ns\n\n## {kind}\n\n{text}\n\n## get_weather\n\n{{"
+            )
+        else:
+            with pytest.raises(ValueError, match=f"'{kind}'"):
+                written(messages, version)
+    with pytest.raises(ValueError, match="'retrieval'"):
+        written([{"role": "system", "content": "s", "tools": [{"type": "retrieval"}]}, user], version)
+
+
+@pytest.mark.parametrize("version", CALLING_GENERATIONS)
+def test_tools_in_a_dict_by_name(formats: dict[str, Any], written: Callable[..., str], version: str) -> None:
+    """As the official `get_tools` give them."""
+    tools = {"get_weather": WEATHER, "查": {"name": "查", "params": []}}
+    as_list = [{"role": "system", "content": "s", "tools": list(tools.values())}]
+    as_dict = [{"role": "system", "content": "s", "tools": tools}]
+    if version == "chatglm3":
+        assert written(as_dict) == f"<|system|>\ns\n{json.dumps(tools, indent=4, ensure_ascii=False)}<|assistant|>"
+    else:
+        assert written(as_dict, version) == written(as_list, version)
+    normalized = formats[version].normalize_messages(as_dict)
+    assert normalized == as_dict and normalized[0]["tools"]["查"] is not tools["查"]
+    assert formats[version].normalize_messages(normalized) == normalized
+    [made] = formats[version].add_tools([], tools)
+    assert made["tools"] == tools
+    for wrong in ({"f": "x"}, {"f": {"function": 1}}, {"f": {"name": {1}}}):
+        with pytest.raises(TypeError, match="`tools`"):
+            formats[version].add_tools([], wrong)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["print(1)\n\nprint('<|x|>')", "search('新闻', recency_days=10)", "A red panda.", "", "```python\n1+1\n```"],
+)
+def test_what_a_built_in_tool_is_called_with_is_text(formats: dict[str, Any], content: str) -> None:
+    for kind in formats["glm4"].builtin_tools:
+        for tools in ([{"type": kind}], [WEATHER, {"type": kind}]):
+            messages = [{"role": "system", "content": "s", "tools": tools}]
+            response, new = formats["glm4"].read_answer(f"\n我来。<|assistant|>{kind}\n{content}", messages)
+            assert response == {"name": kind, "content": content}
+            assert new[1] == {"role": "assistant", "metadata": kind, "content": content}
+            call = {"type": "function", "function": {"name": kind, "arguments": content or None}}
+            [again] = formats["glm4"].normalize_messages([{"role": "assistant", "tool_calls": [call]}])
+            assert again == new[1] or not content
+    # Other names take an object, and a function of the same name too.
+    messages = [{"role": "system", "content": "s", "tools": [{"name": "python"}]}]
+    assert formats["glm4"].read_answer(f"run\n{content}", messages)[0] == f"run\n{content}".strip()
+    call = {"name": "python", "parameters": {"code": "1"}}
+    assert formats["glm4"].read_answer('python\n{"code": "1"}', messages)[0] == call
+
+
 def test_answers_of_glm4_include_what_closes_them(written: Callable[..., str]) -> None:
     messages = [
         {"role": "user", "content": "q"},
@@ -302,8 +360,27 @@ def test_answers_of_glm4_include_what_closes_them(written: Callable[..., str]) -
         {"role": "assistant", "content": "end"},
     ]
     call = 'f\n{"城": "北京", "n": null}'
-    head = f"<|user|>\nq<|assistant|>{{{call}<|observation|>}}\no<|assistant|>{{\nend<|endoftext|>}}"
+    head = f"<|user|>\nq<|assistant|>{{{call}<|observation|>}}\no<|assistant|>{{\nend<|user|>}}"
     assert written(messages, "glm4", False) == head
+
+
+@pytest.mark.parametrize("version", GENERATIONS)
+def test_only_what_answers_something_is_closed_and_once(written: Callable[..., str], version: str) -> None:
+    closing = {"chatglm": "<eop>", "chatglm2": "</s>", "chatglm3": "</s>", "glm4": "<|user|>"}[version]
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "last"}
+    for before in ([question], [("a", "b"), question], [{"role": "system", "content": "s"}, question]):
+        text = written([*before, answer], version, add_generation_prompt=False)
+        assert text.endswith(f"last{closing}}}")
+        # A role token of the next message belongs to the answer before it, and is no second end.
+        assert text.count(closing) == (1 if version != "glm4" else written(before, version, False).count(closing) + 1)
+        assert written(before, version, False) + "" in text
+    assert not written([question], version, add_generation_prompt=False).endswith(closing)
+    if version in CALLING_GENERATIONS:
+        call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+        for alone in ([answer], [answer, answer], [{**call, "content": "I look."}]):
+            assert closing not in written(alone, version, add_generation_prompt=False)
+        observed = [{"role": "observation", "content": "o"}, answer]
+        assert written(observed, version, add_generation_prompt=False).endswith(f"last{closing}}}")
 
 
 # Reading an answer
@@ -350,15 +427,13 @@ def test_answers_of_chatglm_6b(formats: dict[str, Any], text: str, answer: str) 
     assert formats["chatglm"].native_history([{"role": "user", "content": "q"}, *new]) == [("q", answer)]
 
 
-def test_calls_of_glm4_are_json(conversation: ModuleType, formats: dict[str, Any]) -> None:
+def test_calls_of_glm4_are_json(formats: dict[str, Any]) -> None:
     offered = [{"role": "system", "content": "s", "tools": [WEATHER]}, {"role": "user", "content": "q"}]
     text = '\n我查。<|assistant|>get_weather\n{"city": "北京", "deep": {"a": [1, null]}}'
     call = {"city": "北京", "deep": {"a": [1, None]}}
     response, new = formats["glm4"].read_answer(text, offered)
     assert response == {"name": "get_weather", "parameters": call}
     assert [message["metadata"] for message in new] == ["", "get_weather"]
-    function = {"name": "get_weather", "arguments": call}
-    assert conversation.openai_tool_calls(new) == [{"type": "function", "function": function}]
     assert formats["glm4"].native_history(new) == new
     assert formats["glm4"].read_answer("f\n{'a': 1}", offered)[0] == "f\n{'a': 1}"
     assert formats["glm4"].read_answer("python\n1+1", [])[0] == {
@@ -392,7 +467,7 @@ def test_answers_of_chatglm3(formats: dict[str, Any], text: str, response: Any, 
     assert read == (response, [{"role": "assistant", **message}])
 
 
-def test_a_call_of_an_offered_tool(conversation: ModuleType, formats: dict[str, Any]) -> None:
+def test_a_call_of_an_offered_tool(formats: dict[str, Any]) -> None:
     messages = [{"role": "system", "content": "s", "tools": [WEATHER]}, {"role": "user", "content": "q"}]
     text = f"\n 我来查。<|assistant|> get_weather\n{CALL}"
     response, new = formats["chatglm3"].read_answer(text, messages)
@@ -401,17 +476,14 @@ def test_a_call_of_an_offered_tool(conversation: ModuleType, formats: dict[str, 
         {"role": "assistant", "metadata": "", "content": "我来查。"},
         {"role": "assistant", "metadata": " get_weather", "content": CALL},
     ]
-    call = {"name": "get_weather", "arguments": {"city": "北京", "days": 3}}
-    assert conversation.openai_tool_calls(new) == [{"type": "function", "function": call}]
 
 
-def test_an_unreadable_call_is_text(conversation: ModuleType, formats: dict[str, Any]) -> None:
+def test_an_unreadable_call_is_text(formats: dict[str, Any]) -> None:
     messages = [{"role": "system", "content": "s", "tools": [WEATHER]}]
     text = "get_weather\n```python\ntool_call(city=__import__('os').getcwd())\n```"
     response, new = formats["chatglm3"].read_answer(text, messages)
     assert response == text
     assert new[0]["metadata"] == "get_weather"
-    assert conversation.openai_tool_calls(new) == []
 
 
 @pytest.mark.parametrize(
@@ -516,7 +588,7 @@ def test_calls_are_written_as_they_are_read(conversation: ModuleType, formats: d
                 assert conversation.parse_tool_call(message["content"]) == arguments
 
 
-@pytest.mark.parametrize("version", ["chatglm", "chatglm2", "chatglm3", "glm4"])
+@pytest.mark.parametrize("version", GENERATIONS)
 def test_no_answer_raises(formats: dict[str, Any], version: str) -> None:
     generator = random.Random(1)
     parts = ["\n", "<|assistant|>", "tool_call(", ")", "a=", "'", "```python\n", "```", "北京", " ", "{", '"', "f"]

@@ -40,6 +40,7 @@ def add_generation(source: Callable[[str], ModuleType]) -> None:
         name="chatglm5",
         first_round=7,
         stop_tokens=("eop",),
+        closing_token="eop",
         chat_defaults={"max_length": 64, "do_sample": False},
     )
     tokenizer_class.vocabularies = {

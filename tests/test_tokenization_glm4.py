@@ -481,11 +481,44 @@ def test_tools_in_either_form(tokenizer: PreTrainedTokenizerBase, source: Callab
         tokenizer.apply_chat_template([user], tools=[{"parameters": {}}])
 
 
+def test_built_in_tools_in_either_form(
+    tokenizer: PreTrainedTokenizerBase, source: Callable[[str], ModuleType]
+) -> None:
+    texts = source("conversation_templates").GLM4_BUILTIN_TOOLS
+    kinds = [{"type": kind} for kind in texts]
+    call = {"function": {"name": "python", "arguments": "print(1)"}}
+    chat = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "1\n"},
+    ]
+    for tools in (kinds, [*kinds, {"type": "function", "function": WEATHER}], [WEATHER, kinds[1]]):
+        options = {"tools": tools, "add_generation_prompt": True}
+        text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+        for kind in [tool["type"] for tool in tools if tool.get("type") in texts]:
+            assert f"\n\n## {kind}\n\n{texts[kind]}" in text
+        assert tokenizer.decode(tokenizer.apply_chat_template(chat, **options)["input_ids"]) == text
+        assert text.endswith("<|user|>\nq<|assistant|>python\nprint(1)<|observation|>\n1\n<|assistant|>")
+        (rendered,), _ = render_jinja_template([chat], chat_template=tokenizer.chat_template, **options)
+        assert rendered == text
+    with pytest.raises(ValueError, match="'retrieval'"):
+        tokenizer.apply_chat_template(chat, tools=[{"type": "retrieval"}])
+
+
 def test_templates_write_what_the_segments_hold(
     tokenizer: PreTrainedTokenizerBase, source: Callable[[str], ModuleType]
 ) -> None:
     conversation = source("conversation_chatglm")
     chats = [
+        CHAT[1:2],
+        [{"role": "system", "content": "s", "tools": {"get_weather": WEATHER, "二": {"name": "二"}}}],
+        [
+            {
+                "role": "system",
+                "content": "s",
+                "tools": [{"type": "cogview"}, {"type": "function", "function": WEATHER}, {"type": "python"}],
+            }
+        ],
         *(CHAT[:1], CHAT[:2], CHAT, TOOL_CHAT),
         [{"role": "system", "content": "s"}, {"role": "user", "content": "<|user|>\n\n "}],
         [{"role": "user", "content": "q"}, {"role": "assistant", "metadata": "m", "content": "a"}] * 2,
@@ -505,12 +538,15 @@ def test_templates_write_what_the_segments_hold(
                 [chat], chat_template=tokenizer.chat_template, add_generation_prompt=prompt
             )
             assert rendered == text
+    alone = tokenizer.apply_chat_template(CHAT[1:2], return_dict=False)
+    assert alone[2:] == tokenizer.encode("<|assistant|>\nfirst", add_special_tokens=False)
+    assert tokenizer.apply_chat_template(CHAT[1:2], continue_final_message=True, return_dict=False) == alone
 
 
 def test_the_mask_of_answers(tokenizer: PreTrainedTokenizerBase) -> None:
     encoded = tokenizer.apply_chat_template(CHAT, return_assistant_tokens_mask=True)
     answers = [index for index, mask in zip(encoded["input_ids"], encoded["assistant_masks"]) if mask]
-    assert tokenizer.decode(answers) == "\nfirst<|user|>\nsecond<|endoftext|>"
+    assert tokenizer.decode(answers) == "\nfirst<|user|>\nsecond<|user|>"
     batch = tokenizer.apply_chat_template(
         [CHAT, CHAT[:2]], return_assistant_tokens_mask=True, padding=True, return_tensors="pt"
     )
@@ -529,7 +565,6 @@ def test_the_mask_of_answers(tokenizer: PreTrainedTokenizerBase) -> None:
     [
         ("\n 你好。\n再见", {"content": "你好。\n再见"}),
         ("你好\n再见{}", {"content": "你好\n再见{}"}),
-        ("simple_browser\nsearch('x')", {"content": "simple_browser\nsearch('x')"}),
         ('get_weather\n{"city": "北\\"京}", "n": -1.5e3, "deep": [1, {"k": "]"}], "m": {"a": {}}, "t": true, "z": null}',
          {"tool_calls": [{"city": '北"京}', "n": -1500.0, "deep": [1, {"k": "]"}], "m": {"a": {}}, "t": True, "z": None}]}),
         ("get_weather\n{}<|observation|>", {"tool_calls": [{}]}),
