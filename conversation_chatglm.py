@@ -70,6 +70,10 @@ CHINESE_PUNCTUATION = re.compile("(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-
 FULL_WIDTH = dict(zip(",!:;?", "，！：；？"))
 
 
+# How the published `chat` and `stream_chat` end the list of their arguments, in every generation.
+SAMPLING_ARGUMENTS = ("do_sample", "top_p", "temperature", "logits_processor")
+
+
 class Segment(NamedTuple):
     """A piece of a conversation that is encoded on its own.
 
@@ -98,6 +102,8 @@ class ConversationFormat:
         chat_template: the Jinja template that renders a conversation as one string.
         response_template: how the library's `parse_response` reads an answer; `None` where an answer is plain text.
         chat_defaults: the published defaults of `chat`, as arguments of `generate`. `max_length` counts the prompt.
+        chat_arguments: what the published `chat` takes by position after `tokenizer` and `query`.
+        stream_chat_arguments: what the published `stream_chat` takes there.
         uses_pairs: whether a history is natively a list of `(question, answer)` pairs instead of dicts.
     """
 
@@ -108,6 +114,12 @@ class ConversationFormat:
     chat_template: str = field(repr=False)
     response_template: Mapping[str, Any] | None = field(default=None, repr=False)
     chat_defaults: Mapping[str, Any]
+    chat_arguments: tuple[str, ...] = ("history", "role", "max_length", "num_beams", *SAMPLING_ARGUMENTS)
+    stream_chat_arguments: tuple[str, ...] = (
+        *("history", "role", "past_key_values", "max_length"),
+        *SAMPLING_ARGUMENTS,
+        "return_past_key_values",
+    )
 
     uses_pairs: ClassVar[bool]
 
@@ -592,6 +604,8 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             closing_token="<eop>",
             chat_template=CHATGLM_6B_TEMPLATE,
             chat_defaults={"max_length": 2048, "top_p": 0.7, "temperature": 0.95},
+            chat_arguments=("history", "max_length", "num_beams", *SAMPLING_ARGUMENTS),
+            stream_chat_arguments=("history", "max_length", *SAMPLING_ARGUMENTS),
             first_round=0,
             newline="\n",
             numbers_single_round=False,
@@ -606,6 +620,12 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             closing_token="</s>",
             chat_template=CHATGLM2_TEMPLATE,
             chat_defaults={"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
+            chat_arguments=("history", "max_length", "num_beams", *SAMPLING_ARGUMENTS),
+            stream_chat_arguments=(
+                *("history", "past_key_values", "max_length"),
+                *SAMPLING_ARGUMENTS,
+                "return_past_key_values",
+            ),
             first_round=1,
             newline="\n\n",
             numbers_single_round=True,

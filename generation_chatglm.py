@@ -20,6 +20,7 @@ What is unusual here:
 - Streaming runs `generate` in a thread that hands over the tokens as they come. Closing the iterator stops the thread,
   and so does the end of the program.
 - Only stop tokens are removed from an answer, so one that was cut off by `max_length` is returned whole.
+- Arguments by position come in the order of the generation's published methods (`ConversationFormat.chat_arguments`).
 - PEFT keeps a soft prompt (prompt tuning, prefix tuning, P-tuning) outside of the model. `chat` and its relatives are
   therefore given to PEFT's model too, where they generate with the soft prompt.
 """
@@ -37,12 +38,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+from transformers import BatchEncoding, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import BaseStreamer, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from .conversation_chatglm import ConversationFormat, conversation_format
 from .generation_cache import ConversationCache
+from .generation_published import (
+    drop_unknown_settings,
+    refuse_unknown_settings,
+    takes_published_order,
+    unpack_encoding,
+)
 
 
 History = list[tuple[str, str]] | list[dict[str, Any]]
@@ -183,10 +190,13 @@ class ChatGLMGenerationMixin(GenerationMixin):
     ) -> Any:
         """Generate as `GenerationMixin.generate` does, after checking the prompt. `temperature=0` decodes greedily.
 
+        The prompt may be what a tokenizer returned, such as `apply_chat_template(..., return_tensors="pt")`.
+
         Raises:
             ValueError: for an empty prompt, ids outside the vocabulary, a prompt longer than the model's positions, a
                 cache that the settings do not allow for, and for scores that are not numbers.
         """
+        inputs, kwargs = unpack_encoding(inputs, kwargs)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
             self._check_prompt(input_ids)
@@ -302,6 +312,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
             )
         return super().init_continuous_batching(*args, **kwargs)
 
+    @takes_published_order("chat_arguments")
     def chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -323,15 +334,18 @@ class ChatGLMGenerationMixin(GenerationMixin):
             past_key_values: the cache that an earlier turn returned; the same answer comes faster. Only one call at a
                 time can use it.
             return_past_key_values: return that cache as a third value.
-            kwargs: anything `generate` takes. `max_length` counts the prompt; `temperature=0` decodes greedily.
+            kwargs: anything `generate` takes. `max_length` counts the prompt; `temperature=0` decodes greedily. By
+                position, arguments come in the published order: `chat_format.chat_arguments`.
 
         Returns:
             The answer (text, or a dict for a tool call) and the new history, in the form of the generation: pairs
             for ChatGLM2, dicts for ChatGLM3.
 
         Raises:
-            ValueError: for an unknown role, a malformed history, a prompt that is too long, or a cache in use.
+            ValueError: for an unknown role or argument, a malformed history, a prompt that is too long, or a cache in
+                use.
         """
+        refuse_unknown_settings(self._inner_model(), kwargs)
         cached = (past_key_values, return_past_key_values)
         messages = self._next_messages(query, history, role)
         turn = self._prepare_turn(tokenizer, messages, cached, kwargs, has_soft_prompt(self))
@@ -340,6 +354,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         [answer] = self._read_answers(tokenizer, turn, outputs, return_past_key_values)
         return answer
 
+    @takes_published_order("stream_chat_arguments")
     def stream_chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -355,8 +370,9 @@ class ChatGLMGenerationMixin(GenerationMixin):
 
         The arguments are read and checked at once; the work begins with the first `next`. The last yield equals what
         `chat` returns. Closing the iterator stops the work. A returned cache may be handed to the next turn once the
-        iterator has ended.
+        iterator has ended. Arguments that nothing knows are dropped with a warning.
         """
+        kwargs = drop_unknown_settings(self._inner_model(), kwargs)
         cached = (past_key_values, return_past_key_values)
         messages = self._next_messages(query, history, role)
         turn = self._prepare_turn(tokenizer, messages, cached, kwargs, has_soft_prompt(self))
@@ -405,6 +421,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         for name in ("past_key_values", "return_past_key_values"):
             if kwargs.pop(name, None):
                 raise ValueError(f"`{name}` belongs to one conversation; use it with `chat`.")
+        refuse_unknown_settings(self._inner_model(), kwargs)
         histories = [None] * len(queries) if histories is None else histories
         if len(histories) != len(queries):
             raise ValueError(f"Got {len(queries)} queries but {len(histories)} histories; give one for each query.")
@@ -440,14 +457,16 @@ class ChatGLMGenerationMixin(GenerationMixin):
         The arguments are checked at once; the work begins with the first `next`.
 
         Args:
-            input_ids: the prompt, `[batch, seq]`.
+            input_ids: the prompt, `[batch, seq]`, or what a tokenizer returned.
             return_past_key_values: yield pairs of ids and the cache, which is one object that keeps growing.
-            kwargs: anything `generate` takes.
+            kwargs: anything `generate` takes. What nothing knows is dropped with a warning.
 
         Raises:
             ValueError: for a bad prompt, and for beams, several sequences of one prompt and a `streamer`, which cannot
                 be streamed.
         """
+        _, kwargs = unpack_encoding(input_ids, drop_unknown_settings(self._inner_model(), kwargs))
+        input_ids = kwargs.pop("input_ids", input_ids)
         self._check_prompt(input_ids)
         self._check_streamable(generation_config, kwargs)
         if return_past_key_values and has_soft_prompt(self):
@@ -462,6 +481,37 @@ class ChatGLMGenerationMixin(GenerationMixin):
         for name, allowed in (("streamer", None), ("num_beams", 1), ("num_return_sequences", 1)):
             if (value := self._setting(name, kwargs, generation_config)) not in (None, allowed):
                 raise ValueError(f"`{name}={value!r}` cannot be streamed; use `generate` or `chat`.")
+
+    def process_response(self, output: str, history: History | None = None) -> Any:
+        """Read an answer of the model: `process_response(text)`, or with the conversation as ChatGLM3 and GLM-4 do.
+
+        Args:
+            output: what the model wrote, decoded.
+            history: the conversation up to the question, if the new one is wanted; it is not changed.
+
+        Returns:
+            The answer as `chat` returns it. With a history, a pair of it and the new history.
+        """
+        messages = self.chat_format.normalize_messages(history)
+        response, new_history = self._read(output, messages)
+        return response if history is None else (response, new_history)
+
+    def build_inputs(
+        self, tokenizer: PreTrainedTokenizerBase, query: str, history: History | None = None
+    ) -> BatchEncoding:
+        """What `chat` gives the model to read, on its device: the whole conversation, ending with `query`."""
+        inputs = tokenizer.build_chat_input(query, history, chat_format=self.chat_format)
+        return inputs.to(self._input_device())
+
+    def build_stream_inputs(
+        self, tokenizer: PreTrainedTokenizerBase, query: str, history: History | None = None
+    ) -> BatchEncoding:
+        """The same as `build_inputs`. A cache is continued with the whole conversation, not with its last round."""
+        return self.build_inputs(tokenizer, query, history)
+
+    def _inner_model(self) -> Any:
+        """This model, or the one inside of PEFT's for a soft prompt."""
+        return self.base_model if has_soft_prompt(self) else self
 
     def _input_device(self) -> torch.device:
         # An embedding that is offloaded is on the meta device until it is used; its hook moves the ids.
@@ -528,6 +578,11 @@ class ChatGLMGenerationMixin(GenerationMixin):
         elif settings.get("max_length") is None:
             # The published limit, unless it leaves no room for an answer.
             settings["max_length"] = min(published, positions) if prompt_length < published else positions
+        elif settings["max_length"] <= prompt_length:
+            raise ValueError(
+                f"`max_length={settings['max_length']}` counts the prompt, whose {prompt_length} tokens leave no room for an "
+                "answer. Raise `max_length`, give `max_new_tokens` instead, or shorten the history."
+            )
         if (num_answers := self._setting("num_return_sequences", settings)) not in (None, 1):
             raise ValueError(f"A conversation has one answer: `num_return_sequences` is {num_answers}.")
         return settings

@@ -55,6 +55,7 @@ from .modeling_positions import (
     is_first_step,
     make_mask,
     make_prefix_lm_inputs,
+    make_published_mask,
     make_room_for_prefix,
     prefix_lm_positions,
     reduce_published_mask,
@@ -74,14 +75,24 @@ from .quantization import ChatGLMQuantizationMixin, init_quantized_linear
 PREFIX_LM_ATTENTION = ("sdpa", "eager", "flex_attention")
 
 
-def tie_last_hidden_state(forward: Callable) -> Callable:
-    """Make the last of the hidden states the normed one where `config.tie_last_hidden_states` says so.
+def as_published(forward: Callable) -> Callable:
+    """Take the mask of the published ChatGLM2 to GLM-4, and return the last of the hidden states as ChatGLM-6B did.
 
-    Newer versions of the library than 5.17 do this in `capture_outputs`.
+    That one is normed where `config.tie_last_hidden_states` says so; newer versions of the library than 5.17 do this in
+    `capture_outputs`. `full_attention_mask` is what `get_masks` returns, and takes the place of `attention_mask`.
     """
 
     @wraps(forward)
-    def wrapper(self: "ChatGLMModel", *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
+    def wrapper(
+        self: "ChatGLMModel",
+        *args: Any,
+        full_attention_mask: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if full_attention_mask is not None:
+            # As integers: ChatGLM-6B's tokenizer has booleans that mean the opposite, and `forward` expects those.
+            kwargs["attention_mask"] = (~full_attention_mask.bool()).long()
         outputs = forward(self, *args, return_dict=True, **kwargs)
         # CODEPATH: chatglm-6b; the others return the output of the last layer.
         if self.config.tie_last_hidden_states and outputs.hidden_states is not None:
@@ -136,8 +147,10 @@ class ChatGLMPreTrainedModel(PrefixTuningMixin, ChatGLMQuantizationMixin, PreTra
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        # Published training scripts pass it; Transformers 5 never fills weights that are about to be loaded.
+        # Published programs pass both. Transformers 5 never fills weights that are about to be loaded.
         kwargs.pop("empty_init", None)
+        if (device := kwargs.pop("device", None)) is not None:
+            kwargs.setdefault("device_map", device)
         cls.check_stored_prefix(*args, **kwargs)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -169,6 +182,44 @@ class ChatGLMPreTrainedModel(PrefixTuningMixin, ChatGLMQuantizationMixin, PreTra
         model = super().dequantize(*args, **kwargs)
         self.freeze_base_model()
         return model
+
+    @property
+    def max_sequence_length(self) -> int:
+        """How many positions the model has, by its published name."""
+        return self.config.max_position_embeddings
+
+    def get_masks(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Any = None,
+        padding_mask: torch.Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> torch.Tensor:
+        """The published mask, bool `[batch, 1, seq, cached + seq]`, true = hidden; a `full_attention_mask`.
+
+        `get_masks(input_ids, device)` is the call of ChatGLM-6B, the rest are the arguments of the others.
+        """
+        if isinstance(past_key_values, torch.device | str):
+            past_key_values, device = None, past_key_values
+        return make_published_mask(self.config, input_ids, past_key_values, padding_mask).to(device)
+
+    def get_position_ids(
+        self,
+        input_ids: torch.LongTensor,
+        mask_positions: Any = None,
+        device: torch.device | str | None = None,
+        use_gmasks: Any = None,
+    ) -> torch.Tensor:
+        """The published positions, `[batch, seq]`, or `[batch, 2, seq]` for ChatGLM-6B.
+
+        `get_position_ids(input_ids, device)` is the call of ChatGLM2 to GLM-4. What ChatGLM-6B's says of mask tokens is
+        not needed, as the ids tell it.
+        """
+        device = mask_positions if isinstance(mask_positions, torch.device | str) else device
+        # CODEPATH: chatglm-6b; the others are causal and have one position for each token.
+        if self.config.prefix_lm:
+            return prefix_lm_positions(self.config, input_ids, None)[0].to(device)
+        return count_positions(None, input_ids.shape[1], 0, input_ids.device).repeat(len(input_ids), 1).to(device)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embedding.word_embeddings
@@ -202,7 +253,7 @@ class ChatGLMModel(PrefixModelMixin, ChatGLMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @tie_last_hidden_state
+    @as_published
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring(
@@ -296,8 +347,13 @@ class ChatGLMForConditionalGeneration(PrefixGenerationMixin, ChatGLMPreTrainedMo
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        return_last_logit: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
+        r"""
+        return_last_logit (`bool`, *optional*, defaults to `False`):
+            The published name of `logits_to_keep=1`.
+        """
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -307,6 +363,7 @@ class ChatGLMForConditionalGeneration(PrefixGenerationMixin, ChatGLMPreTrainedMo
             use_cache=use_cache,
             **kwargs,
         )
+        logits_to_keep = 1 if return_last_logit else logits_to_keep
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.transformer.output_layer(outputs.last_hidden_state[:, kept, :])
         loss = None

@@ -44,6 +44,36 @@ def reduce_published_mask(attention_mask: torch.Tensor | None) -> torch.Tensor |
     return (~attention_mask).any(dim=-2)[:, 0].long()
 
 
+def make_published_mask(
+    config: PreTrainedConfig, input_ids: torch.Tensor, past_key_values: Any, padding_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """What the published `get_masks` returns: bool, `[batch, 1, seq, cached + seq]`, true = hidden.
+
+    Args:
+        config: of the model.
+        input_ids: `[batch, seq]`.
+        past_key_values: a cache, or a P-tuning prefix as `get_prompt` returns it.
+        padding_mask: `[batch, cached + seq]`, 1 for real tokens. Padding may see everything, as published.
+    """
+    num_cached = 0
+    if past_key_values is not None:
+        is_cache = isinstance(past_key_values, Cache)
+        num_cached = past_key_values.get_seq_length() if is_cache else past_key_values[0][0].shape[0]
+    seq_len = input_ids.shape[1]
+    visible = torch.ones(seq_len, num_cached + seq_len, dtype=torch.bool, device=input_ids.device).tril(num_cached)
+    visible = visible.expand(len(input_ids), -1, -1)
+    # CODEPATH: chatglm-6b, whose context sees itself both ways.
+    if config.prefix_lm:
+        is_context = prefix_lm_positions(config, input_ids, None)[1] == 1
+        visible = visible | F.pad(is_context, (num_cached, 0))[:, None, :]
+    if padding_mask is not None:
+        is_real = padding_mask.bool()
+        visible = visible & is_real[:, None, :]
+        if num_cached == 0:
+            visible = visible | ~is_real[:, :, None]
+    return ~visible[:, None]
+
+
 def is_padding_mask(attention_mask: Any) -> TypeGuard[torch.Tensor]:
     """Whether a mask is `[batch, seq]`, 1 for real tokens; a flex attention's mask is no tensor at all."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
@@ -348,6 +378,7 @@ __all__ = [
     "is_first_step",
     "make_mask",
     "make_prefix_lm_inputs",
+    "make_published_mask",
     "make_room_for_prefix",
     "prefix_lm_positions",
     "reduce_published_mask",

@@ -419,10 +419,31 @@ class PrefixModelMixin:
     """How the model below the heads uses a prefix."""
 
     # Attributes of the model that this is mixed into.
+    config: Any
     encoder: Any
     prefix_encoder: Any
     gradient_checkpointing: bool
     training: bool
+
+    @property
+    def pre_seq_len(self) -> int | None:
+        """How many virtual tokens the prefix has, if there is one."""
+        return self.config.pre_seq_len
+
+    def get_prompt(
+        self, batch_size: int, device: torch.device | str, dtype: torch.dtype = torch.float16
+    ) -> tuple[torch.Tensor, ...]:
+        """The prefix in the published form: for each layer keys and values, `[2, prefix, batch, kv_heads, head_dim]`.
+
+        Raises:
+            ValueError: if the model has no prefix.
+        """
+        if self.prefix_encoder is None:
+            raise ValueError(
+                "This model has no prefix. Load it with `pre_seq_len=128`, say, or load a trained prefix."
+            )
+        prefix = self.prefix_encoder(batch_size, torch.device(device))
+        return tuple(torch.stack(states).permute(0, 3, 1, 2, 4).to(dtype) for states in prefix)
 
     def make_prefix(
         self, batch_size: int, dtype: torch.dtype, device: torch.device

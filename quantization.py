@@ -24,6 +24,7 @@ What is unusual here:
 
 import json
 import sys
+from collections.abc import Iterable
 from functools import wraps
 from typing import Any
 
@@ -38,6 +39,7 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .quantization_kernels import (
@@ -56,6 +58,8 @@ from .quantization_layers import (
     quantized_layers,
 )
 
+
+logger = logging.get_logger(__name__)
 
 try:
     from accelerate.hooks import add_hook_to_module
@@ -426,8 +430,51 @@ def refuse_merging_into_codes() -> None:
     tuners.BaseTuner._check_merge_allowed = check_merge_allowed
 
 
+def check_device(device: torch.device | str | None) -> None:
+    """Raise a `ValueError` for a device that is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, ImportError, RuntimeError) as error:
+        raise ValueError(f"`device={device!r}` cannot be used to quantize: {error}") from error
+
+
+def check_weights(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Raise a `ValueError` for weights of layers that cannot be quantized."""
+    for name in names:
+        weight: Any = model.get_submodule(name).weight
+        if weight.is_meta:
+            raise ValueError(
+                f"`{name}` is offloaded. Give `quantization_config` to `from_pretrained` to quantize while loading."
+            )
+        if not weight.isfinite().all():
+            raise ValueError(f"`{name}` has weights that are not finite; no scale fits them.")
+
+
+def take_bits(kwargs: dict[str, Any], quantization_config: Any) -> Any:
+    """What `load_in_8bit` and `load_in_4bit`, taken out of `kwargs`, ask for; else the other argument as it is.
+
+    Raises:
+        ValueError: if more than one of the three asks for something.
+    """
+    asked = [bits for bits in (8, 4) if kwargs.pop(f"load_in_{bits}bit", False)]
+    if not asked:
+        return quantization_config
+    if len(asked) > 1 or quantization_config is not None:
+        raise ValueError("Give one of `load_in_8bit`, `load_in_4bit` and `quantization_config`, not several.")
+    logger.warning_once(
+        f"`load_in_{asked[0]}bit=True`: the weights become int{asked[0]} in the format of the published checkpoints, "
+        "without bitsandbytes."
+    )
+    return {"quant_method": QUANT_METHOD, "bits": asked[0]}
+
+
 class ChatGLMQuantizationMixin(PreTrainedModel):
     """What every ChatGLM model can do about quantization."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are quantized, by its published name."""
+        return bool(getattr(self, "is_quantized", False))
 
     def quantize(
         self,
@@ -435,32 +482,39 @@ class ChatGLMQuantizationMixin(PreTrainedModel):
         method: str = "absmax",
         group_size: int | None = None,
         output_layer_bits: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        empty_init: bool = False,
+        use_quantization_cache: bool = False,
     ) -> "ChatGLMQuantizationMixin":
         """Quantize the linear layers in place, one at a time, each on its own device, and return the model.
 
         Args:
-            bits, method, group_size, output_layer_bits: see [`ChatGLMQuantizationConfig`].
+            bits, method, group_size, output_layer_bits: see [`ChatGLMQuantizationConfig`]. 0 bits, or what the model
+                has already, change nothing.
+            device: where the layers are quantized and stay, if not where they are.
+            empty_init, use_quantization_cache: of published programs. They change nothing here.
 
         Raises:
-            ValueError: for settings that do not exist, a model that is quantized already, weights that are offloaded
-                or not finite. Nothing is changed then.
+            ValueError: for settings that do not exist, a model that is quantized otherwise, weights that are offloaded
+                or not finite, and a device that is not there. Nothing is changed then.
             TypeError: for a model with adapters.
         """
+        if bits == 0 and type(bits) is int:
+            return self
         settings = ChatGLMQuantizationConfig(bits, method, group_size, output_layer_bits)
-        if getattr(self, "is_quantized", False):
-            raise ValueError("This model is quantized already. Call `model.dequantize()` first.")
+        if self.quantized:
+            stored = read_settings(getattr(self.config, "quantization_config", None))
+            if stored is not None and stored.stored_form == settings.stored_form:
+                return self
+            raise ValueError("This model is quantized already, in another way. Call `model.dequantize()` first.")
+        check_device(device)
         bits_of_layers = linears_to_quantize(self, settings)
-        for name in bits_of_layers:
-            weight = self.get_submodule(name).weight
-            if weight.is_meta:
-                raise ValueError(
-                    f"`{name}` is offloaded. Give `quantization_config` to `from_pretrained` to quantize while loading."
-                )
-            if not weight.isfinite().all():
-                raise ValueError(f"`{name}` has weights that are not finite; no scale fits them.")
+        check_weights(self, bits_of_layers)
         for name, layer_bits in bits_of_layers.items():
             layer = make_quantized_layer(self, name, layer_bits, settings)
-            replace_layer(self, name, layer.quantize_(self.get_submodule(name).weight, method))
+            layer.quantize_(self.get_submodule(name).weight.to(device), method)
+            replace_layer(self, name, layer if device is None else layer.to(device))
         if output_layer_bits is not None:
             untie_output_layer(self)
         self.is_quantized, self.quantization_method = True, QUANT_METHOD
@@ -483,12 +537,7 @@ class ChatGLMQuantizationMixin(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
-        for name, bits in (("load_in_8bit", 8), ("load_in_4bit", 4)):
-            if kwargs.pop(name, False):
-                raise ValueError(
-                    f"`{name}` belongs to bitsandbytes and an older Transformers. Pass "
-                    f'`quantization_config={{"quant_method": "{QUANT_METHOD}", "bits": {bits}}}` instead.'
-                )
+        quantization_config = take_bits(kwargs, quantization_config)
         if is_quantized_as_asked(cls, quantization_config, *args, **kwargs):
             quantization_config = None
         return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
@@ -510,7 +559,7 @@ class ChatGLMQuantizationMixin(PreTrainedModel):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         # A model made from a configuration has float weights, whatever the checkpoint of that configuration has.
-        if not getattr(self, "is_quantized", False):
+        if not self.quantized:
             self.config.quantization_bit = 0
             self.config.__dict__.pop("quantization_config", None)
         return super().save_pretrained(*args, **kwargs)
@@ -553,10 +602,10 @@ class ChatGLMQuantizationMixin(PreTrainedModel):
 
     def half(self, *args: Any) -> "ChatGLMQuantizationMixin":
         # The library refuses this for every quantized model; here it is safe, and the published recipes call it.
-        return self.to(torch.float16) if getattr(self, "is_quantized", False) else super().half(*args)
+        return self.to(torch.float16) if self.quantized else super().half(*args)
 
     def float(self, *args: Any) -> "ChatGLMQuantizationMixin":
-        return self.to(torch.float32) if getattr(self, "is_quantized", False) else super().float(*args)
+        return self.to(torch.float32) if self.quantized else super().float(*args)
 
 
 __all__ = [

@@ -37,7 +37,8 @@ ARROWS: dict[str, set[str]] = {
     "conversation_calls": set(),
     "conversation_templates": set(),
     "generation_cache": set(),
-    "generation_chatglm": {"conversation_chatglm", "generation_cache"},
+    "generation_chatglm": {"conversation_chatglm", "generation_cache", "generation_published"},
+    "generation_published": set(),
     "modeling_chatglm": {
         "configuration_chatglm",
         "generation_chatglm",
