@@ -109,7 +109,7 @@ class ChatGLMTokenizersBackend(PublishedCalls, TokenizersBackend):
         self._tokenizer = self._rust_tokenizer(model)
         for name, token in self.vocabulary.named_tokens.items():
             kwargs[name] = kwargs.get(name) or token
-        kwargs["chat_template"] = self.chat_format.current_template(kwargs.get("chat_template"))
+        kwargs["chat_template"] = self._template_to_use(kwargs.get("chat_template"))
         kwargs["response_template"] = kwargs.get("response_template") or self.chat_format.response_template
         super().__init__(
             vocab_file=vocab_file,

@@ -111,7 +111,7 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
         for name, token in self.vocabulary.named_tokens.items():
             kwargs[name] = str(kwargs.get(name) or token)
         kwargs["added_tokens_decoder"] = (kwargs.get("added_tokens_decoder") or {}) | self._searched_tokens(kwargs)
-        kwargs["chat_template"] = self.chat_format.current_template(kwargs.get("chat_template"))
+        kwargs["chat_template"] = self._template_to_use(kwargs.get("chat_template"))
         # The published class relies on what was the library's default then.
         kwargs.setdefault("clean_up_tokenization_spaces", True)
         super().__init__(extra_special_tokens=take_extra_tokens(kwargs), **kwargs)

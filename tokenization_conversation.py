@@ -27,10 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers.tokenization_utils_base import BatchEncoding, PaddingStrategy, PreTrainedTokenizerBase
-from transformers.utils import get_json_schema, to_py_obj
+from transformers.utils import get_json_schema, logging, to_py_obj
 
 from .conversation_chatglm import CONVERSATION_FORMATS, ConversationFormat, Message, Segment, conversation_format
 
+
+logger = logging.get_logger(__name__)
 
 # Rust counts ids with 32 bits.
 LAST_ID = 2**32 - 1
@@ -250,6 +252,19 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         if not is_batched and kwargs.get("return_tensors") is None:
             encoded = BatchEncoding({key: value[0] for key, value in encoded.items()})
         return encoded if kwargs.get("return_dict", True) else encoded["input_ids"]
+
+    def _template_to_use(self, saved: Any) -> Any:
+        """What to render with: ours, in the place of every template that is known; somebody's own is kept and told of."""
+        template = self.chat_format.current_template(saved)
+        if template != self.chat_format.chat_template:
+            logger.warning(
+                "This folder has a chat template of its own, which `apply_chat_template` uses and `chat` does not. By "
+                "such a template, text in a message can become control tokens, and there is no mask for training unless "
+                "it marks answers with {% generation %}. To be rid of it, delete `chat_template` from "
+                "tokenizer_config.json (or chat_template.jinja), or set "
+                "`tokenizer.chat_template = tokenizer.chat_format.chat_template`."
+            )
+        return template
 
     def _encode_chats(
         self,

@@ -45,7 +45,7 @@ except ImportError:  # Windows: nothing keeps a second run out there.
 JOURNAL = "chatglm_upgrade_journal.json"
 STAGED = ".chatglm_new"
 # The names that an upgrade gives.
-OWN_NAME = re.compile(r"[\w.-]+\.(py|json|safetensors)(\.bak(\.\d+)?)?")
+OWN_NAME = re.compile(r"[\w.-]+\.(py|json|jinja|safetensors)(\.bak(\.\d+)?)?")
 GUARDED = ("tokenization_chatglm.py", "configuration_chatglm.py")
 GUARD = (
     b'raise RuntimeError("The upgrade of this checkpoint folder was cut short: run upgrade_checkpoint.py on it again, '

@@ -31,6 +31,8 @@ from folder_switch import UpgradeError, read_json
 CODE = Path(__file__).resolve().parent.parent
 # Transformers has models of its own under these names.
 LIBRARY_MODEL_TYPES = ("glm", "glm4")
+# The name under which the modules there are importable, so that `from .x import y` works in them.
+CODE_PACKAGE = "chatglm_code"
 VOCABULARIES = ("ice_text.model", "tokenizer.model", "tokenizer.json")
 
 
@@ -101,7 +103,7 @@ def refuse_other_models(config: Mapping[str, Any]) -> None:
             )
         raise UpgradeError(f"config.json has the model type {model_type!r}; ChatGLM checkpoints have 'chatglm'.{hint}")
     try:
-        load_configuration().refuse_images(config)
+        load_code("configuration_chatglm").refuse_images(config)
     except ValueError as error:
         raise UpgradeError(str(error)) from error
 
@@ -114,13 +116,11 @@ def read_start(path: Path) -> str:
         return file.read(2**18).decode(errors="replace")
 
 
-def load_configuration() -> ModuleType:
-    """This repository's `configuration_chatglm`. Not loaded before it is needed: the library behind it takes its time."""
-    sys.path.insert(0, str(CODE))
-    try:
-        return importlib.import_module("configuration_chatglm")
-    finally:
-        sys.path.remove(str(CODE))
+def load_code(name: str) -> ModuleType:
+    """One of this repository's modules. Not loaded before it is needed: the library behind some takes its time."""
+    package = sys.modules.setdefault(CODE_PACKAGE, ModuleType(CODE_PACKAGE))
+    package.__path__ = [str(CODE)]
+    return importlib.import_module(f"{CODE_PACKAGE}.{name}")
 
 
 def tell_generation(
@@ -130,7 +130,7 @@ def tell_generation(
 
     The name in tokenizer_config.json tells nothing: ChatGLM2-6B's is "THUDM/chatglm-6b".
     """
-    infer_generation = load_configuration().infer_model_version
+    infer_generation = load_code("configuration_chatglm").infer_model_version
     unnamed = {key: value for key, value in config.items() if key not in ("_name_or_path", "name_or_path")}
     # In a cache of the Hub the folder has the name of the revision, and the one above it that of the repository.
     name = folder.parent.parent.name if folder.parent.name == "snapshots" else folder.name
@@ -160,4 +160,4 @@ def generation_of_tokenizer(folder: Path, tokenizer_config: Mapping[str, Any]) -
     return next((generation for sign, generation in signs.items() if sign in text), None)
 
 
-__all__ = ["CODE", "Checkpoint", "load_configuration", "read_start", "recognise"]
+__all__ = ["CODE", "Checkpoint", "load_code", "read_start", "recognise"]

@@ -15,7 +15,8 @@
 
 Any generation, float or quantized: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B and what was made from them. The
 `.py` files of this repository go in; `config.json` and `tokenizer_config.json` get `model_version` and the whole
-`auto_map` and keep everything else; a `generation_config.json` with all stop ids is written where there is none.
+`auto_map` and keep everything else; a `generation_config.json` with all stop ids is written where there is none. A
+chat template that later revisions of the published folders carry is replaced by ours; one of your own stays.
 `--safetensors` also copies `.bin` weights into safetensors files; the weights that are there stay as they are.
 
 - What is replaced stays beside it as `NAME.bak`; a `.py` file that nothing needs any more stays.
@@ -40,10 +41,11 @@ from pathlib import Path
 from typing import Any
 
 from folder_switch import JOURNAL, LARGEST_FILE, OWN_NAME, Change, UpgradeError, is_pending, lock, read_json, recover
-from recognise_checkpoint import CODE, Checkpoint, load_configuration, read_start, recognise
+from recognise_checkpoint import CODE, Checkpoint, load_code, read_start, recognise
 
 
 MANIFEST = "chatglm_upgrade.json"
+TEMPLATE_FILE = "chat_template.jinja"
 BIN_FILES = "pytorch_model*.bin"
 # Left on the disk after a conversion.
 SPARE_BYTES = 64 * 10**6
@@ -104,7 +106,7 @@ def new_contents(checkpoint: Checkpoint) -> dict[str, bytes]:
     contents = {path.name: path.read_bytes() for path in sorted(CODE.glob("*.py"))}
     tokenizer_map = {"AutoTokenizer": [f"tokenization_chatglm.{checkpoint.tokenizer_class}", None]}
     for name, old, own_map in (
-        ("config.json", checkpoint.config, load_configuration().AUTO_MAP),
+        ("config.json", checkpoint.config, load_code("configuration_chatglm").AUTO_MAP),
         ("tokenizer_config.json", checkpoint.tokenizer_config, tokenizer_map),
     ):
         new = dict(old) if old else {"tokenizer_class": checkpoint.tokenizer_class}
@@ -112,9 +114,23 @@ def new_contents(checkpoint: Checkpoint) -> dict[str, bytes]:
         auto_map = new.get("auto_map")
         auto_map = {**(auto_map if isinstance(auto_map, dict) else {}), **own_map}
         new |= {"model_version": checkpoint.generation, "auto_map": auto_map}
+        if new.get("chat_template"):
+            new["chat_template"] = current_template(checkpoint, new["chat_template"])
         if new != old:
             contents[name] = to_json(new)
+    if (template := checkpoint.folder / TEMPLATE_FILE).is_file():
+        # What is not UTF-8 is no known template, and stays.
+        text = template.read_bytes().decode(errors="surrogateescape")
+        contents[TEMPLATE_FILE] = current_template(checkpoint, text).encode(errors="surrogateescape")
     return {name: content for name, content in contents.items() if not has_content(checkpoint.folder / name, content)}
+
+
+def current_template(checkpoint: Checkpoint, saved: Any) -> Any:
+    """A saved chat template with ours in the place of a published one, in the form that tokenizer_config.json has."""
+    template = load_code("conversation_chatglm").conversation_format(checkpoint.generation).current_template(saved)
+    if isinstance(template, dict):
+        return [{"name": name, "template": text} for name, text in template.items()]
+    return template
 
 
 def has_content(path: Path, content: bytes) -> bool:

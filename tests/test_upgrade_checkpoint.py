@@ -29,7 +29,7 @@ from typing import Any
 
 import pytest
 import torch
-from generations import RECORDED
+from generations import GENERATION_CASES, RECORDED
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 
@@ -217,7 +217,7 @@ class TestUpgrade:
         assert shop.run(folder) == 0
         auto_map = {
             "AutoModelForTokenClassification": "mine.Mine",
-            **recognise_checkpoint.load_configuration().AUTO_MAP,
+            **recognise_checkpoint.load_code("configuration_chatglm").AUTO_MAP,
         }
         expected = config | {"auto_map": auto_map, "model_version": "chatglm2"}
         assert list(read(folder, "config.json").items()) == list(expected.items())
@@ -228,13 +228,43 @@ class TestUpgrade:
         assert read(folder, "tokenizer_config.json") == expected
         assert (folder / "generation_config.json").read_text(encoding="utf-8") == '{"eos_token_id":7}'
 
+    @pytest.mark.parametrize("case", GENERATION_CASES)
+    def test_published_templates_are_replaced_and_others_stay(self, case: str, shop: Workshop) -> None:
+        known, own = "{% published %}", "{{ 1 }}\r\n"
+        digest = hashlib.sha256(b"{%published%}").hexdigest()
+        shop.patch.setattr(recognise_checkpoint.load_code("conversation_chatglm"), "PUBLISHED_TEMPLATES", (digest,))
+        formats = recognise_checkpoint.load_code("conversation_chatglm").CONVERSATION_FORMATS
+        ours = formats[RECORDED[case].model_version].chat_template
+        folder = shop.folder(case, "late")
+        edit(folder, "tokenizer_config.json", chat_template=known)
+        before = tree(folder)
+        (folder / "chat_template.jinja").write_bytes(f" {known}\n".encode())
+        assert shop.run(folder) == 0
+        assert read(folder, "tokenizer_config.json")["chat_template"] == ours
+        assert (folder / "chat_template.jinja").read_text(encoding="utf-8") == ours
+        assert "replace  chat_template.jinja (backup chat_template.jinja.bak)" in shop.said()
+        assert shop.run(folder) == 0 and "Already up to date" in shop.said()
+        assert shop.run(folder, "--undo") == 0
+        (folder / "chat_template.jinja").unlink()
+        assert tree(folder) == before
+        names = [{"name": "default", "template": known}, {"name": "own", "template": own}]
+        for number, (saved, expected) in enumerate([(own, own), (names, [{**names[0], "template": ours}, names[1]])]):
+            folder = shop.folder(case, f"own {number}")
+            edit(folder, "tokenizer_config.json", chat_template=saved)
+            (folder / "chat_template.jinja").write_bytes(own.encode() + b"\xff")
+            assert shop.run(folder) == 0
+            assert read(folder, "tokenizer_config.json")["chat_template"] == expected
+            assert (folder / "chat_template.jinja").read_bytes() == own.encode() + b"\xff"
+
     @pytest.mark.parametrize("auto_map", [..., ["tokenization_chatglm.ChatGLMTokenizer", None], "text", None, 1])
     def test_auto_maps_of_another_form(self, auto_map: Any, shop: Workshop) -> None:
         folder = shop.folder("glm4")
         edit(folder, "tokenizer_config.json", auto_map=auto_map)
         edit(folder, "config.json", auto_map=auto_map)
         assert shop.run(folder) == 0
-        assert read(folder, "config.json")["auto_map"] == recognise_checkpoint.load_configuration().AUTO_MAP
+        assert (
+            read(folder, "config.json")["auto_map"] == recognise_checkpoint.load_code("configuration_chatglm").AUTO_MAP
+        )
         auto_map = {"AutoTokenizer": ["tokenization_chatglm.ChatGLM4Tokenizer", None]}
         assert read(folder, "tokenizer_config.json")["auto_map"] == auto_map
 
