@@ -13,9 +13,10 @@
 # limitations under the License.
 """Fine-tunes a ChatGLM checkpoint: `python examples/finetune.py examples/configs/lora.yaml --learning_rate 1e-4`.
 
-Methods: `full`, `lora`, `adalora` (PEFT) and `ptuning` (P-tuning v2). Settings come from a YAML file, the command line,
-or both; the command line wins. Every one of the library's `TrainingArguments` is a setting. `finetune_files.py` and
-`finetune_formats.py` say what data is read. With `accelerate launch` in place of `python` it runs in several processes.
+Methods: `full`, `freeze` (the last layers), `lora`, `adalora`, `prompt_tuning` (all three PEFT's) and `ptuning` (P-tuning
+v2). Settings come from a YAML file, the command line, or both; the command line wins. Every one of the library's
+`TrainingArguments` is a setting. `finetune_files.py` and `finetune_formats.py` say what data is read. With `accelerate
+launch` in place of `python` it runs in several processes.
 
 The output folder gets the result (an adapter, a prefix, or a whole checkpoint that loads by itself), checkpoints to
 resume from, `metrics.json`, `curves.png` and `samples.md` (answers before and after).
@@ -44,7 +45,7 @@ from finetune_data import (
 )
 from finetune_report import draw_curves, generate_answers, score_answers, write_samples
 from finetune_resume import find_checkpoint
-from finetune_settings import ModelArguments, RunArguments, error_line, read_arguments, settings_named
+from finetune_settings import OWN_WEIGHTS, ModelArguments, RunArguments, error_line, read_arguments, settings_named
 from finetune_trainer import FinetuneTrainer, load_config, make_trainer
 from local_code import REPOSITORY, load_tokenizer
 from transformers import PreTrainedTokenizerBase, TrainerState
@@ -78,6 +79,11 @@ def prepare(model: ModelArguments, data: DataArguments, run: RunArguments) -> Jo
     # CODEPATH: chatglm-6b; the others are causal.
     if data.packing and config.prefix_lm:
         raise ValueError("packing: ChatGLM-6B reads its context both ways and cannot have two samples in a row")
+    if model.method == "prompt_tuning" and config.prefix_lm:
+        raise ValueError(
+            "method: ChatGLM-6B cannot have a prompt of PEFT: its positions are read off the ids, which PEFT replaces by "
+            "embeddings; use lora or ptuning"
+        )
     with settings_named("model"):
         tokenizer = load_tokenizer(Path(model.model))
     if run.disable_tqdm:
@@ -147,7 +153,7 @@ def train(job: Job) -> None:
     if not is_main:
         return
     folder = Path(run.output_dir)
-    if job.model.method == "full":
+    if job.model.method in OWN_WEIGHTS:
         for source in REPOSITORY.glob("*.py"):
             shutil.copyfile(source, folder / source.name)
     metrics = {

@@ -18,7 +18,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from finetune_settings import METHOD_SETTINGS, ModelArguments, RunArguments
+from finetune_adapter import ADAPTER_FILE
+from finetune_settings import METHOD_SETTINGS, OWN_CHECKPOINTS, OWN_WEIGHTS, ModelArguments, RunArguments
 from local_code import read_json_object
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
@@ -44,7 +45,7 @@ def check_checkpoint(folder: Path, method: str) -> str | None:
         is_split = "model.safetensors.index.json" in paths
         full = "model.safetensors.index.json" if is_split else "model.safetensors"
         needed |= {"optimizer.pt", "scheduler.pt"}
-        needed.add({"full": full, "lora": "adapter_model.safetensors"}.get(method, OWN_STATE))
+        needed.add(OWN_STATE if method in OWN_CHECKPOINTS else full if method in OWN_WEIGHTS else ADAPTER_FILE)
     for path in paths.values():
         try:
             needed |= _check_file(path)

@@ -24,33 +24,48 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
-from finetune_adapter import read_adapter
+from finetune_adapter import PARTS, read_adapter
 from finetune_data import DataArguments
 from local_code import read_json_object
 from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import logging
 
+
+# Under the library's name, so that its handler prints it.
+logger = logging.get_logger("transformers.finetune")
 
 QUANTIZED_BITS = {"int8": 8, "int4": 4}
 # Methods whose checkpoints the library cannot resume.
 OWN_CHECKPOINTS = ("adalora", "ptuning")
 # Defaults for a new adapter or prefix. One from `adapter` keeps the settings it was made with.
 NEW_ADAPTER: dict[str, Any] = {
+    "trainable_layers": 2,
     "target_modules": ["query_key_value"],
     "lora_rank": 8,
     "lora_alpha": 32,
     "lora_dropout": 0.0,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "adalora_initial_rank": 12,
     "pre_seq_len": 128,
     "prefix_projection": False,
 }
 # What the trained weights mean depends on these, so a run must have the same ones to go on.
 METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
     "full": (),
-    "lora": ("target_modules", "lora_rank", "lora_alpha"),
+    "freeze": ("trainable_layers",),
+    "lora": ("target_modules", "lora_rank", "lora_alpha", "use_dora", "rank_pattern", "alpha_pattern"),
     "adalora": ("target_modules", "lora_rank", "lora_alpha", "adalora_initial_rank"),
     "ptuning": ("pre_seq_len", "prefix_projection"),
+    "prompt_tuning": ("pre_seq_len",),
 }
+# Methods that train weights of the model itself.
+OWN_WEIGHTS = ("full", "freeze")
+# Methods whose adapters can be trained on.
+GO_ON = ("lora", "ptuning", "prompt_tuning")
 
 
 @dataclass
@@ -58,24 +73,46 @@ class ModelArguments:
     """What to train, and how."""
 
     model: str = field(metadata={"help": "a checkpoint folder"})
-    method: Literal["full", "lora", "adalora", "ptuning"] = field(metadata={"help": "what is trained"})
+    method: Literal["full", "freeze", "lora", "adalora", "ptuning", "prompt_tuning"] = field(
+        metadata={"help": "what is trained"}
+    )
     dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] = field(
         default="float32", metadata={"help": "how the weights are held; what a method adds to them is float32"}
     )
     adapter: str | None = field(
         default=None, metadata={"help": "the result of an earlier run, to go on training; it brings its own sizes"}
     )
+    trainable_layers: int | None = field(
+        default=None, metadata={"help": "freeze: how many of the last layers are trained, 2 unless given"}
+    )
     target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "the linear layers that get an adapter, or all-linear; query_key_value unless given"},
+        metadata={
+            "help": "the linear layers that get an adapter, or all-linear; query_key_value unless given, of which "
+            "query, key and value are parts"
+        },
     )
     lora_rank: int | None = field(
         default=None, metadata={"help": "rank of the adapters, 8 unless given; with adalora their mean at the end"}
     )
     lora_alpha: int | None = field(default=None, metadata={"help": "scale of the adapters, 32 unless given"})
     lora_dropout: float | None = field(default=None, metadata={"help": "dropout before the adapters, 0 unless given"})
-    adalora_initial_rank: int = field(default=12, metadata={"help": "adalora: rank at the beginning"})
-    pre_seq_len: int | None = field(default=None, metadata={"help": "ptuning: length of the prefix, 128 unless given"})
+    use_dora: bool | None = field(
+        default=None,
+        metadata={"help": "lora: train the lengths of the weights' rows too", "nargs": "?", "const": True},
+    )
+    rank_pattern: dict | str | None = field(
+        default=None, metadata={"help": 'lora: other ranks for some layers, as {"dense": 4}'}
+    )
+    alpha_pattern: dict | str | None = field(
+        default=None, metadata={"help": 'lora: other scales for some layers, as {"dense": 16}'}
+    )
+    adalora_initial_rank: int | None = field(
+        default=None, metadata={"help": "adalora: rank at the beginning, 12 unless given"}
+    )
+    pre_seq_len: int | None = field(
+        default=None, metadata={"help": "ptuning, prompt_tuning: length of the prefix or prompt, 128 unless given"}
+    )
     prefix_projection: bool | None = field(
         default=None,
         metadata={"help": "ptuning: make the prefix with a small network", "nargs": "?", "const": True},
@@ -87,8 +124,17 @@ class ModelArguments:
         Raises:
             OSError, ValueError: if `adapter` cannot be read, or was made with other settings than those given.
         """
+        for name in ("rank_pattern", "alpha_pattern"):
+            setattr(self, name, _read_pattern(name, getattr(self, name)))
+        used = {
+            *METHOD_SETTINGS[self.method],
+            *(["lora_dropout"] if "lora_rank" in METHOD_SETTINGS[self.method] else []),
+        }
+        unused = [name for name in NEW_ADAPTER if getattr(self, name) is not None and name not in used]
+        if unused:
+            logger.warning(f"{', '.join(unused)}: not used by the method {self.method}")
         made_with: dict[str, Any] = {}
-        if self.adapter and self.method in ("lora", "ptuning"):
+        if self.adapter and self.method in GO_ON:
             with settings_named("adapter"):
                 made_with = read_adapter(Path(self.adapter), self.method)
         for name, value in (NEW_ADAPTER | made_with).items():
@@ -98,6 +144,19 @@ class ModelArguments:
             # Names of layers are compared in `check_adapter`, where the model is known.
             elif name in made_with and name != "target_modules" and given != value:
                 raise ValueError(f"{name}: {self.adapter} was made with {value}, not {given}; leave {name} out")
+
+
+def _read_pattern(name: str, pattern: Any) -> dict[str, int] | None:
+    """A setting that gives numbers to layers."""
+    if isinstance(pattern, str):
+        try:
+            pattern = json.loads(pattern)
+        except json.JSONDecodeError as error:
+            raise ValueError(f'{name}: must be JSON like {{"dense": 4}}, got {pattern!r} ({error})') from error
+    is_pattern = isinstance(pattern, dict) and all(type(number) is int and number > 0 for number in pattern.values())
+    if pattern is not None and not is_pattern:
+        raise ValueError(f"{name}: must give whole numbers of 1 or more to layers, got {pattern!r}")
+    return pattern
 
 
 @dataclass
@@ -179,6 +238,7 @@ RULES = (
             "lora_rank",
             "lora_alpha",
             "adalora_initial_rank",
+            "trainable_layers",
             "pre_seq_len",
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -249,24 +309,28 @@ def _faults_of_model(model: ModelArguments) -> dict[str, Any]:
         raise ValueError(f"model: {model.model} is not a checkpoint folder: it has no config.json")
     with settings_named("model"):
         config = read_json_object(config_file)
-    is_full = model.method == "full"
+    own_weights = model.method in OWN_WEIGHTS
     is_quantized = model.dtype in QUANTIZED_BITS or config.get("quantization_bit") or config.get("quantization_config")
     return {
         f"model: the model_type of {model.model} is {config.get('model_type')!r}, not 'chatglm'": (
             config.get("model_type") != "chatglm"
         ),
-        "method: full changes the weights themselves, which int8 and int4 cannot hold; use lora": (
-            is_full and is_quantized
+        f"method: {model.method} changes the weights themselves, which int8 and int4 cannot hold; use lora": (
+            own_weights and is_quantized
         ),
-        "dtype: float16 is too coarse to add up small changes; for full use float32 with fp16: true, or bfloat16": (
-            is_full and model.dtype == "float16"
-        ),
-        "adapter: full trains no adapter; merge it into the checkpoint first": is_full and model.adapter,
+        f"dtype: float16 is too coarse to add up small changes; for {model.method} use float32 with fp16: true, or "
+        "bfloat16": (own_weights and model.dtype == "float16"),
+        f"adapter: {model.method} trains no adapter; merge it into the checkpoint first": own_weights
+        and model.adapter,
         "adapter: the ranks of adalora are settled when its run ends; merge it into the checkpoint first": (
             model.method == "adalora" and model.adapter
         ),
         f"adalora_initial_rank: must be more than lora_rank={model.lora_rank}, to which ranks come down": (
-            model.method == "adalora" and model.adalora_initial_rank <= (model.lora_rank or 0)
+            model.method == "adalora" and (model.adalora_initial_rank or 0) <= (model.lora_rank or 0)
+        ),
+        "target_modules: query, key and value are the parts of query_key_value; name it or some of them": (
+            PARTS & set(model.target_modules or ())
+            and {"query_key_value", "all-linear"} & set(model.target_modules or ())
         ),
     }
 
@@ -276,8 +340,10 @@ def _faults_of_run(model: ModelArguments, data: DataArguments, run: RunArguments
     output = Path(run.output_dir or "")
     metric = str(run.metric_for_best_model).removeprefix("eval_")
     return {
-        "packing: ptuning puts its prefix in front of a row, which the later samples of a packed row cannot see": (
-            model.method == "ptuning" and data.packing
+        f"packing: {model.method} puts its prefix in front of a row, which the later samples of a packed row cannot "
+        "see": (model.method in ("ptuning", "prompt_tuning") and data.packing),
+        "weight_decay: shrinks all of the rows of query_key_value, also those that target_modules leaves alone; set 0": (
+            run.weight_decay and PARTS & set(model.target_modules or ()) and (model.use_dora or model.adapter)
         ),
         "load_best_model_at_end: not with adalora and ptuning; their checkpoints can be resumed by name": (
             model.method in OWN_CHECKPOINTS and run.load_best_model_at_end

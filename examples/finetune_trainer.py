@@ -19,10 +19,17 @@ from typing import Any
 
 import peft
 import torch
-from finetune_adapter import check_adapter
+from finetune_adapter import PARTS, check_adapter, check_patterns, layers_of, train_parts, trained_parts
 from finetune_data import PaddingCollator, Row
 from finetune_resume import OWN_STATE, write_settings
-from finetune_settings import OWN_CHECKPOINTS, QUANTIZED_BITS, ModelArguments, RunArguments, settings_named
+from finetune_settings import (
+    OWN_CHECKPOINTS,
+    OWN_WEIGHTS,
+    QUANTIZED_BITS,
+    ModelArguments,
+    RunArguments,
+    settings_named,
+)
 from local_code import register
 from torch.utils.data import DataLoader
 from transformers import (
@@ -34,14 +41,20 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.utils import logging
 
+
+# Under the library's name, so that its handler prints it.
+logger = logging.get_logger("transformers.finetune")
 
 # What AdaLoRA gives ranks by.
 ADALORA_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 def load_model(model: ModelArguments, run: RunArguments, num_steps: int) -> Any:
-    """Load the model and add what the method trains, in float32; all else is frozen. `full` trains the model itself.
+    """Load the model and add what the method trains, in float32; all else is frozen.
+
+    `full` and `freeze` train the model itself, or its last layers.
 
     Raises:
         ValueError: if the folder or the adapter cannot be loaded, or the adapter is of another model.
@@ -60,16 +73,57 @@ def load_model(model: ModelArguments, run: RunArguments, num_steps: int) -> Any:
         if model.adapter:
             base.load_prefix_encoder(model.adapter)
         base.transformer.prefix_encoder.float()
-    if model.method in ("full", "ptuning"):
+    if model.method == "freeze":
+        freeze_but_last_layers(base, model.trainable_layers or 0)
+    if model.method in (*OWN_WEIGHTS, "ptuning"):
         return base
+    adapted = adapt(base, model, num_steps)
+    if run.gradient_checkpointing:
+        adapted.enable_input_require_grads()
+    return adapted
+
+
+def freeze_but_last_layers(base: Any, num_layers: int) -> None:
+    """Freeze all but the last layers.
+
+    Raises:
+        ValueError: if there are not so many.
+    """
+    layers = base.transformer.encoder.layers
+    if num_layers > len(layers):
+        raise ValueError(f"trainable_layers: the model has {len(layers)} layers, not {num_layers}")
+    base.requires_grad_(False)
+    layers[-num_layers:].requires_grad_(True)
+
+
+def adapt(base: Any, model: ModelArguments, num_steps: int) -> Any:
+    """Put an adapter or a prompt of PEFT on a model, a new one or that of an earlier run.
+
+    Raises:
+        ValueError: if it does not fit.
+    """
+    if model.method == "prompt_tuning":
+        adapted = peft.get_peft_model(base, adapter_config(model, num_steps))
+        if model.adapter:
+            # `PeftModel.from_pretrained` loads prompts for use only.
+            peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(model.adapter, "cpu"))
+        adapted.prompt_encoder.float()
+        return adapted
     if model.adapter:
         with settings_named("adapter"):
             adapted = peft.PeftModel.from_pretrained(base, model.adapter, is_trainable=True)
     else:
         with settings_named("target_modules"):
             adapted = peft.get_peft_model(base, adapter_config(model, num_steps))
-    if run.gradient_checkpointing:
-        adapted.enable_input_require_grads()
+    if model.method == "lora" and not model.adapter:
+        check_patterns(adapted, {name: getattr(model, name) for name in ("rank_pattern", "alpha_pattern")})
+    parts = PARTS & set(model.target_modules or ())
+    if model.adapter and not parts:
+        parts = trained_parts(adapted)
+        if parts and parts != PARTS:
+            logger.warning(f"adapter: {model.adapter} adapts {', '.join(sorted(parts))} alone, and goes on so")
+    if parts and parts != PARTS:
+        train_parts(adapted, parts, is_new=not model.adapter)
     return adapted
 
 
@@ -85,15 +139,22 @@ def load_config(folder: str) -> PreTrainedConfig:
 
 
 def adapter_config(model: ModelArguments, num_steps: int) -> peft.PeftConfig:
-    """The settings of PEFT for a new adapter."""
+    """The settings of PEFT for a new adapter or prompt."""
+    if model.method == "prompt_tuning":
+        # It begins as words of the vocabulary, which learns faster than from random vectors.
+        return peft.PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=model.pre_seq_len, prompt_tuning_init="SAMPLE_VOCAB"
+        )
+    layers = layers_of(model.target_modules or [])
     shared = {
         "task_type": "CAUSAL_LM",
-        "target_modules": "all-linear" if model.target_modules == ["all-linear"] else model.target_modules,
+        "target_modules": "all-linear" if layers == ["all-linear"] else layers,
         "lora_alpha": model.lora_alpha,
         "lora_dropout": model.lora_dropout,
     }
     if model.method == "lora":
-        return peft.LoraConfig(r=model.lora_rank, **shared)
+        patterns = {"rank_pattern": model.rank_pattern, "alpha_pattern": model.alpha_pattern}
+        return peft.LoraConfig(r=model.lora_rank, use_dora=model.use_dora, **patterns, **shared)
     return peft.AdaLoraConfig(
         init_r=model.adalora_initial_rank,
         target_r=model.lora_rank,
@@ -244,4 +305,6 @@ def make_trainer(
     trainer.arguments, trainer.first_step = model, first_step
     if model.method in OWN_CHECKPOINTS and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError(f"method: {model.method} runs in several processes, but not sharded by FSDP or DeepSpeed")
+    if PARTS & set(model.target_modules or ()) and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError("target_modules: query, key and value are rows of one layer, which FSDP and DeepSpeed shard")
     return trainer

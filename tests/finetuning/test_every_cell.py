@@ -27,7 +27,16 @@ from .short_runs import finetune, finetune_data, prepare, read_arguments
 
 
 CASES = {"chatglm": "chatglm1", "chatglm2": "chatglm2", "chatglm3": "chatglm3", "glm4": "glm4"}
-LEARNING_RATES = {"full": 5e-3, "lora": 2e-2, "adalora": 5e-2, "ptuning": 3e-1}
+LEARNING_RATES = {
+    "full": 5e-3,
+    "freeze": 5e-3,
+    "lora": 2e-2,
+    "dora": 2e-2,
+    "adalora": 5e-2,
+    "ptuning": 3e-1,
+    "prompt_tuning": 5e-1,
+}
+OWN_WEIGHTS = ("full", "freeze")
 BASES = ("float32", "bfloat16", "int8", "int4")
 QUESTION, ANSWER = "你好", "我是"
 DIALOGUE = {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]}
@@ -41,6 +50,9 @@ DIAGONAL = {
     ("chatglm3", "full", "float32"),
     ("glm4", "lora", "bfloat16"),
     ("glm4", "adalora", "int4"),
+    ("chatglm", "freeze", "float32"),
+    ("chatglm2", "prompt_tuning", "int8"),
+    ("chatglm3", "dora", "int4"),
 }
 REST = (pytest.mark.slow, pytest.mark.grid)
 CELLS = [
@@ -48,7 +60,9 @@ CELLS = [
     for version in CASES
     for method in LEARNING_RATES
     for base in BASES
-    if not (method == "full" and base.startswith("int"))
+    if not (method in OWN_WEIGHTS and base.startswith("int"))
+    # ChatGLM-6B cannot have a prompt of PEFT.
+    if (version, method) != ("chatglm", "prompt_tuning")
 ]
 
 
@@ -61,11 +75,11 @@ def reload(words: list[str], result: Path) -> Any:
     """The model of the settings with what training left in a folder."""
     model, _, run = read_arguments(words)
     method, model.method = model.method, "full"
-    model.model = str(result) if method == "full" else model.model
+    model.model = str(result) if method in OWN_WEIGHTS else model.model
     loaded = load_model(model, run, num_steps=1)
     if method == "ptuning":
         loaded.load_prefix_encoder(result)
-    elif method != "full":
+    elif method not in OWN_WEIGHTS:
         loaded = peft.PeftModel.from_pretrained(loaded, result)
     return loaded
 
@@ -77,7 +91,8 @@ def settings(case_folder: Any, tmp_path: Path) -> Any:
     def words(version: str, method: str, base: str) -> list[str]:
         return [
             f"--model={case_folder(CASES[version])}",
-            f"--method={method}",
+            f"--method={'lora' if method == 'dora' else method}",
+            f"--use_dora={method == 'dora'}",
             f"--dtype={base}",
             f"--train_file={tmp_path}/train.jsonl",
             f"--output_dir={tmp_path}/out",
