@@ -43,13 +43,17 @@ from typing import Any, ClassVar, NamedTuple
 from .conversation_calls import call_as_json, call_as_python, parse_tool_call, write_call
 from .conversation_templates import (
     CHATGLM2_TEMPLATE,
+    CHATGLM2_TOKENS,
     CHATGLM3_RESPONSE_TEMPLATE,
     CHATGLM3_TEMPLATE,
+    CHATGLM3_TOKENS,
     CHATGLM_6B_TEMPLATE,
+    CHATGLM_6B_TOKENS,
     EARLIER_TEMPLATES,
     GLM4_BUILTIN_TOOLS,
     GLM4_RESPONSE_TEMPLATE,
     GLM4_TEMPLATE,
+    GLM4_TOKENS,
     GLM4_TOOL_NOTE,
     GLM4_TOOLS_HEADING,
     GLM4_TOOLS_PROMPT,
@@ -97,6 +101,7 @@ class ConversationFormat:
     Attributes:
         name: the generation, such as `"chatglm3"`.
         opening_tokens: the control tokens that every encoding starts with.
+        marked_tokens: the special tokens that the template marks where a message holds their names.
         stop_tokens: the tokens that end an answer.
         closing_token: what the published fine-tuning puts behind the last answer of a conversation.
         chat_template: the Jinja template that renders a conversation as one string.
@@ -109,6 +114,7 @@ class ConversationFormat:
 
     name: str
     opening_tokens: tuple[str, ...] = ()
+    marked_tokens: tuple[str, ...] = field(default=(), repr=False)
     stop_tokens: tuple[str, ...]
     closing_token: str
     chat_template: str = field(repr=False)
@@ -602,6 +608,7 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             name="chatglm",
             stop_tokens=("<eop>",),
             closing_token="<eop>",
+            marked_tokens=CHATGLM_6B_TOKENS,
             chat_template=CHATGLM_6B_TEMPLATE,
             chat_defaults={"max_length": 2048, "top_p": 0.7, "temperature": 0.95},
             chat_arguments=("history", "max_length", "num_beams", *SAMPLING_ARGUMENTS),
@@ -618,6 +625,7 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             opening_tokens=("[gMASK]", "sop"),
             stop_tokens=("</s>",),
             closing_token="</s>",
+            marked_tokens=CHATGLM2_TOKENS,
             chat_template=CHATGLM2_TEMPLATE,
             chat_defaults={"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
             chat_arguments=("history", "max_length", "num_beams", *SAMPLING_ARGUMENTS),
@@ -637,6 +645,7 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             opening_tokens=("[gMASK]", "sop"),
             stop_tokens=("</s>", "<|user|>", "<|observation|>"),
             closing_token="</s>",
+            marked_tokens=CHATGLM3_TOKENS,
             chat_template=CHATGLM3_TEMPLATE,
             response_template=CHATGLM3_RESPONSE_TEMPLATE,
             # No `max_length`: the published `chat` goes up to the length of the checkpoint.
@@ -650,6 +659,7 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             opening_tokens=("[gMASK]", "<sop>"),
             stop_tokens=("<|endoftext|>", "<|user|>", "<|observation|>"),
             closing_token="<|user|>",
+            marked_tokens=GLM4_TOKENS,
             chat_template=GLM4_TEMPLATE,
             response_template=GLM4_RESPONSE_TEMPLATE,
             chat_defaults={"max_length": 8192, "top_p": 0.8, "temperature": 0.8},

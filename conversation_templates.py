@@ -17,9 +17,15 @@ A chat template shows how a conversation reads as one string, for other programs
 ids come from `ConversationFormat.segments`. The tags strip the white space around them, so only what stands inside
 `{{ }}` is written. A response template teaches the library's `parse_response` and its server to read an answer;
 `ConversationFormat.read_answer` is the exact way.
+
+What looks like a control token in a message is marked: a word joiner (U+2060, which has no width) stands behind its
+first character. So whoever reads the text finds the control tokens of the template and no others, and
+`conversation_rendering` takes the joiners out again. Where one stands there already, one more is put in, so that
+nothing gets lost.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -64,6 +70,23 @@ GLM4_BUILTIN_TOOLS = {
     ),
 }
 
+JOINER = "\u2060"
+
+# The special tokens that are marked in messages: all of each generation, without `sop` and `eop`, which are words.
+CHATGLM_6B_TOKENS = (
+    *("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"),
+    *("<unk>", "<pad>", "</s>"),
+)
+CHATGLM2_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "<unk>", "<s>", "</s>")
+CHATGLM3_TOKENS = (*CHATGLM2_TOKENS, "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+GLM4_TOKENS = (
+    *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
+)
+# What stands before an answer of ChatGLM2. In the answer itself it is marked too, so that the two can be told apart.
+CHATGLM2_ANSWER_HEADING = "\n\n答："
+
 # SHA-256, white space left out, of templates that are replaced when a tokenizer loads: those that version 0.1.0 of these
 # files saved, in the order of the generations,
 EARLIER_TEMPLATES = (
@@ -79,14 +102,44 @@ PUBLISHED_TEMPLATES = (
     "5a7b85cc09484d87cefb8073540ceeb1b74c21a2610a4c62da3a1e23a17273c3",
 )
 
-CHATGLM_6B_TEMPLATE = """{%- if tools %}
+
+def _marking(tokens: Sequence[str]) -> str:
+    """Jinja filters that mark `tokens`; the joiners that stand in their way are doubled first."""
+    filters = ""
+    for token in tokens:
+        first, rest = token[0].replace("\n", "\\n"), token[1:].replace("\n", "\\n")
+        filters += f" | replace('{JOINER}{rest}', '{JOINER}{JOINER}{rest}')"
+        filters += f" | replace('{first}{rest}', '{first}{JOINER}{rest}')"
+    return filters
+
+
+def _plain_macro(tokens: Sequence[str]) -> str:
+    """The macro `plain`, which writes the text of a message; what is no string fails at the `+`."""
+    return (
+        "{#- What looks like a control token in a message gets a word joiner, U+2060, which cannot be seen here. -#}\n"
+        "{%- macro plain(text) %}\n"
+        "    {%- set text = text + '' %}\n"
+        + "".join(f"    {{%- set text = text{_marking([token])} %}}\n" for token in tokens)
+        + "    {{- text }}\n{%- endmacro -%}\n"
+    )
+
+
+# Writes metadata, which a newline ends: those within it are marked too.
+METADATA_MACRO = f"""{{%- macro heading(metadata) %}}
+    {{{{- plain(metadata | replace('{JOINER}', '{JOINER}{JOINER}') | replace('\\n', '{JOINER}\\n')) }}}}
+{{%- endmacro -%}}
+"""
+
+CHATGLM_6B_TEMPLATE = (
+    _plain_macro(CHATGLM_6B_TOKENS)
+    + """{%- if tools %}
     {{- raise_exception('ChatGLM-6B knows no tools') }}
 {%- endif %}
 {%- set first = 1 if messages[0]['role'] == 'system' else 0 %}
 {%- set is_single = messages | length - first <= 2 %}
 {%- for message in messages %}
     {%- set turn = loop.index0 - first %}
-    {%- set content = message['content'] or '' %}
+    {%- set content = plain(message['content'] or '') %}
     {%- if message['tools'] is defined or message['tool_calls'] or message['metadata'] %}
         {{- raise_exception('ChatGLM-6B knows no tools') }}
     {%- elif turn < 0 %}
@@ -106,15 +159,18 @@ CHATGLM_6B_TEMPLATE = """{%- if tools %}
         {%- generation %}{{ '<sop>' + content + '<eop>' }}{% endgeneration %}
     {%- endif %}
 {%- endfor %}"""
+)
 
-CHATGLM2_TEMPLATE = """[gMASK]sop
+CHATGLM2_TEMPLATE = (
+    _plain_macro(CHATGLM2_TOKENS)
+    + """[gMASK]sop
 {%- if tools %}
     {{- raise_exception('ChatGLM2 knows no tools') }}
 {%- endif %}
 {%- set first = 1 if messages[0]['role'] == 'system' else 0 %}
 {%- for message in messages %}
     {%- set turn = loop.index0 - first %}
-    {%- set content = message['content'] or '' %}
+    {%- set content = plain(message['content'] or '') %}
     {%- if message['tools'] is defined or message['tool_calls'] or message['metadata'] %}
         {{- raise_exception('ChatGLM2 knows no tools') }}
     {%- elif turn < 0 %}
@@ -130,12 +186,18 @@ CHATGLM2_TEMPLATE = """[gMASK]sop
     {%- elif add_generation_prompt %}
         {{- raise_exception('The conversation ends with an answer, so there is nothing to answer') }}
     {%- else %}
+        {%- set content = content"""
+    + _marking([CHATGLM2_ANSWER_HEADING])
+    + """ %}
         {%- generation %}{{ content + '</s>' }}{% endgeneration %}
     {%- endif %}
 {%- endfor %}"""
+)
 
 CHATGLM3_TEMPLATE = (
-    """[gMASK]sop
+    _plain_macro(CHATGLM3_TOKENS)
+    + METADATA_MACRO
+    + """[gMASK]sop
 {%- macro listed(offered) %}
     {%- set written = namespace(tools=[]) %}
     {%- for item in offered if offered is not mapping %}
@@ -144,7 +206,7 @@ CHATGLM3_TEMPLATE = (
         {%- endif %}
         {%- set written.tools = written.tools + [item['function'] or item] %}
     {%- endfor %}
-    {{- '\\n' + (offered if offered is mapping else written.tools) | tojson(indent=4) }}
+    {{- '\\n' + plain((offered if offered is mapping else written.tools) | tojson(indent=4)) }}
 {%- endmacro %}
 {%- if tools and messages[0]['role'] != 'system' %}
     {{- '<|system|>\\n"""
@@ -153,25 +215,26 @@ CHATGLM3_TEMPLATE = (
 {%- endif %}
 {%- for message in messages %}
     {%- set role = 'observation' if message['role'] == 'tool' else message['role'] %}
-    {%- set content = message['content'] or '' %}
+    {%- set metadata = heading(message['metadata'] or '') %}
+    {%- set content = plain(message['content'] or '') %}
     {%- if role not in ['system', 'user', 'assistant', 'observation'] %}
         {{- raise_exception('Unknown role ' ~ role) }}
     {%- elif role != 'assistant' %}
         {%- set offered = message['tools'] if message['tools'] is defined else (tools if loop.first else none) %}
-        {{- '<|' + role + '|>' + (message['metadata'] or '') + '\\n' + content }}
+        {{- '<|' + role + '|>' + metadata + '\\n' + content }}
         {{- listed(offered) if role == 'system' and offered is not none }}
     {%- else %}
         {%- if content or not message['tool_calls'] %}
             {{- '<|assistant|>' }}
-            {%- generation %}{{ (message['metadata'] or '') + '\\n' + content }}{% endgeneration %}
+            {%- generation %}{{ metadata + '\\n' + content }}{% endgeneration %}
         {%- endif %}
         {%- for call in message['tool_calls'] or [] %}
             {%- set function = call['function'] or call %}
             {{- '<|assistant|>' }}
             {%- generation %}
-                {{- function['name'] + '\\n```python\\ntool_call(' }}
+                {{- heading(function['name']) + '\\n```python\\ntool_call(' }}
                 {%- for name, value in function['arguments'].items() %}
-                    {{- name + '=' + '%r' | format(value) }}
+                    {{- plain(name + '=' + '%r' | format(value)) }}
                     {{- ', ' if not loop.last }}
                 {%- endfor %}
                 {{- ')\\n```' }}
@@ -187,7 +250,9 @@ CHATGLM3_TEMPLATE = (
 )
 
 GLM4_TEMPLATE = (
-    """[gMASK]<sop>
+    _plain_macro(GLM4_TOKENS)
+    + METADATA_MACRO
+    + """[gMASK]<sop>
 {%- set builtin_tools = """
     + json.dumps(GLM4_BUILTIN_TOOLS, ensure_ascii=False)
     + """ %}
@@ -195,7 +260,7 @@ GLM4_TEMPLATE = (
     {%- for item in (offered.values() if offered is mapping else offered) %}
         {%- set tool = item['function'] or item %}
         {%- if tool['name'] is string %}
-            {{- '\\n\\n## ' + tool['name'] + '\\n\\n' + tool | tojson(indent=4) + '"""
+            {{- '\\n\\n## ' + plain(tool['name'] + '\\n\\n' + tool | tojson(indent=4)) + '"""
     + GLM4_TOOL_NOTE.replace("\n", "\\n")
     + """' }}
         {%- elif tool['type'] in builtin_tools %}
@@ -212,11 +277,12 @@ GLM4_TEMPLATE = (
 {%- endif %}
 {%- for message in messages %}
     {%- set role = 'observation' if message['role'] == 'tool' else message['role'] %}
-    {%- set content = message['content'] or '' %}
+    {%- set metadata = heading(message['metadata'] or '') %}
+    {%- set content = plain(message['content'] or '') %}
     {%- if role not in ['system', 'user', 'assistant', 'observation'] %}
         {{- raise_exception('Unknown role ' ~ role) }}
     {%- elif role != 'assistant' %}
-        {{- '<|' + role + '|>' + (message['metadata'] or '') + '\\n' + content }}
+        {{- '<|' + role + '|>' + metadata + '\\n' + content }}
         {%- if role == 'system' and message['tools'] is defined %}
             {{- sections(message['tools']) }}
         {%- elif role == 'system' and loop.first and tools %}
@@ -227,14 +293,14 @@ GLM4_TEMPLATE = (
     {%- else %}
         {%- if content or not message['tool_calls'] %}
             {{- '<|assistant|>' }}
-            {%- generation %}{{ (message['metadata'] or '') + '\\n' + content }}{% endgeneration %}
+            {%- generation %}{{ metadata + '\\n' + content }}{% endgeneration %}
         {%- endif %}
         {%- for call in message['tool_calls'] or [] %}
             {%- set function = call['function'] or call %}
             {%- set arguments = function['arguments'] %}
             {{- '<|assistant|>' }}
             {%- generation %}
-                {{- function['name'] + '\\n' + (arguments if arguments is string else arguments | tojson) }}
+                {{- heading(function['name']) + '\\n' + plain(arguments if arguments is string else arguments | tojson) }}
             {%- endgeneration %}
         {%- endfor %}
     {%- endif %}
@@ -300,17 +366,23 @@ GLM4_RESPONSE_TEMPLATE: dict[str, Any] = {
 
 
 __all__ = [
+    "CHATGLM2_ANSWER_HEADING",
     "CHATGLM2_TEMPLATE",
+    "CHATGLM2_TOKENS",
     "CHATGLM3_RESPONSE_TEMPLATE",
     "CHATGLM3_TEMPLATE",
+    "CHATGLM3_TOKENS",
     "CHATGLM_6B_TEMPLATE",
+    "CHATGLM_6B_TOKENS",
     "EARLIER_TEMPLATES",
     "GLM4_BUILTIN_TOOLS",
     "GLM4_RESPONSE_TEMPLATE",
     "GLM4_TEMPLATE",
+    "GLM4_TOKENS",
     "GLM4_TOOLS_HEADING",
     "GLM4_TOOLS_PROMPT",
     "GLM4_TOOL_NOTE",
     "PUBLISHED_TEMPLATES",
+    "JOINER",
     "TOOLS_PROMPT",
 ]

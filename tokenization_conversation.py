@@ -17,11 +17,13 @@ What is unusual here:
 
 - A conversation is encoded piece by piece (`encode_conversation`), which no rendered string can reproduce. So
   `apply_chat_template` makes ids by that method, as `build_chat_input` does; the Jinja templates give the text.
+- Other programs have a conversation rendered to text and encode that text with `add_special_tokens=False`. It is
+  recognised and encoded piece by piece, too; see `conversation_rendering`.
 - ChatGLM2 and ChatGLM3 share a vocabulary, so a tokenizer may have guessed the wrong one. The methods therefore take
   the `ConversationFormat` of the model, of any generation in `vocabularies`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from transformers.tokenization_utils_base import BatchEncoding, PaddingStrategy,
 from transformers.utils import get_json_schema, logging, to_py_obj
 
 from .conversation_chatglm import CONVERSATION_FORMATS, ConversationFormat, Message, Segment, conversation_format
+from .conversation_rendering import Piece, leave_answer_open, read_rendered, spans_in_rendered
 
 
 logger = logging.get_logger(__name__)
@@ -198,6 +201,129 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         opening = [Segment(token, True) for token in chat_format.opening_tokens]
         return self._encode_segments([*opening, *segments], chat_format)
 
+    def __call__(
+        self,
+        text: Any = None,
+        text_pair: Any = None,
+        text_target: Any = None,
+        text_pair_target: Any = None,
+        add_special_tokens: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        """Encode texts or pairs of texts, as the library does; it describes the arguments.
+
+        With `add_special_tokens=False`, a conversation that the chat template rendered to text, alone or in a list,
+        gets the ids of `apply_chat_template`. An explicit `split_special_tokens` takes every text for a plain one.
+        """
+        if not (add_special_tokens or "split_special_tokens" in kwargs or text_pair or text_target):
+            texts = text if isinstance(text, (list, tuple)) else [text]
+            read = [read_rendered(item, self.chat_format) if isinstance(item, str) else None for item in texts]
+            if any(read) and not kwargs.get("is_split_into_words"):
+                return self._encode_rendered(texts, read, texts is text, *args, **kwargs)
+        return super().__call__(text, text_pair, text_target, text_pair_target, add_special_tokens, *args, **kwargs)
+
+    def _encode_rendered(
+        self,
+        texts: Sequence[Any],
+        read: Sequence[list[Piece] | None],
+        is_batched: bool,
+        padding: bool | str | PaddingStrategy = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        *,
+        return_tensors: str | None = None,
+        return_offsets_mapping: bool = False,
+        return_overflowing_tokens: bool = False,
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        """Encode texts of which some are rendered conversations; `read` has their pieces. The rest is the library's."""
+        if return_overflowing_tokens:
+            raise ValueError(
+                "A rendered conversation cannot be cut into overlapping parts: leave out `return_overflowing_tokens`, "
+                "or pass split_special_tokens=True for the ids of a plain text."
+            )
+        if truncation is None:
+            # As the library takes it.
+            truncation = max_length is not None and padding is False
+        has_mask = "attention_mask" in self.model_input_names
+        if kwargs.get("return_attention_mask") is None and return_tensors is not None and has_mask:
+            kwargs["return_attention_mask"] = True
+        rows = [
+            self._plain_row(text, truncation, max_length, return_offsets_mapping)
+            if pieces is None
+            else self._rendered_row(text, pieces, truncation, max_length)
+            for text, pieces in zip(texts, read)
+        ]
+        encoded = self._pad_rows(rows, padding=padding, max_length=max_length, **kwargs)
+        if return_offsets_mapping and self.is_fast:
+            is_left = (kwargs.get("padding_side") or self.padding_side) == "left"
+            encoded["offset_mapping"] = []
+            for row, ids in zip(rows, encoded["input_ids"]):
+                offsets, blank = row["offset_mapping"], [(0, 0)] * (len(ids) - len(row["input_ids"]))
+                encoded["offset_mapping"].append(blank + offsets if is_left else offsets + blank)
+        if not is_batched and return_tensors is None:
+            encoded = {key: value[0] for key, value in encoded.items()}
+        return BatchEncoding(encoded, tensor_type=return_tensors)
+
+    def _pad_rows(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        padding: bool | str | PaddingStrategy,
+        max_length: int | None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_token_type_ids: bool | None = None,
+        return_special_tokens_mask: bool = False,
+        return_length: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        columns = {"input_ids": [row["input_ids"] for row in rows]}
+        if return_special_tokens_mask:
+            columns["special_tokens_mask"] = [row["special_tokens_mask"] for row in rows]
+        if return_token_type_ids:
+            columns["token_type_ids"] = [[0] * len(row["input_ids"]) for row in rows]
+        encoded = self.pad(
+            columns,
+            padding=padding,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+            return_attention_mask=return_attention_mask,
+        )
+        lengths = {"length": list(map(len, encoded["input_ids"]))} if return_length else {}
+        return {**encoded, **lengths}
+
+    def _plain_row(
+        self, text: Any, truncation: bool | str, max_length: int | None, return_offsets_mapping: bool
+    ) -> dict[str, Any]:
+        """A text that is no rendered conversation, among others that are."""
+        row = self(
+            [text],
+            add_special_tokens=False,
+            split_special_tokens=self.split_special_tokens,
+            truncation=truncation,
+            max_length=max_length,
+            return_attention_mask=False,
+            return_special_tokens_mask=True,
+            return_offsets_mapping=return_offsets_mapping,
+        )
+        return {key: value[0] for key, value in row.items()}
+
+    def _rendered_row(
+        self, text: str, pieces: Sequence[Piece], truncation: bool | str, max_length: int | None
+    ) -> dict[str, Any]:
+        row: dict[str, list[Any]] = {"input_ids": [], "special_tokens_mask": [], "offset_mapping": []}
+        segments = [piece.segment for piece in pieces]
+        for piece, (ids, spans) in zip(pieces, self._encodings(segments, self.chat_format)):
+            row["input_ids"] += ids
+            row["special_tokens_mask"] += [int(piece.segment.is_special)] * len(ids)
+            row["offset_mapping"] += spans_in_rendered(text, piece, spans)
+        kept = self._kept_if_truncated(row["input_ids"], truncation, max_length)
+        return {key: [values[index] for index in kept] for key, values in row.items()}
+
     def apply_chat_template(
         self,
         conversation: Any,
@@ -244,10 +370,8 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
             for chat in (conversation if is_batched else [conversation])
         ]
         if not tokenize:
-            written = chats if is_batched else chats[0]
-            return super().apply_chat_template(
-                written, None, None, chat_format.chat_template, tokenize=False, **kwargs
-            )
+            texts = self._render_chats(chats, chat_format, **kwargs)
+            return texts if is_batched else texts[0]
         encoded = self._encode_chats(chats, chat_format, **tokenizer_kwargs, **kwargs)
         if not is_batched and kwargs.get("return_tensors") is None:
             encoded = BatchEncoding({key: value[0] for key, value in encoded.items()})
@@ -265,6 +389,21 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
                 "`tokenizer.chat_template = tokenizer.chat_format.chat_template`."
             )
         return template
+
+    def _render_chats(
+        self,
+        chats: list[list[dict[str, Any]]],
+        chat_format: ConversationFormat,
+        continue_final_message: bool | str = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        texts: list[str] = super().apply_chat_template(
+            chats, None, None, chat_format.chat_template, tokenize=False, **kwargs
+        )
+        if continue_final_message:
+            closing_tokens = [chat_format.closing_token * chat_format.is_complete(chat) for chat in chats]
+            texts = [leave_answer_open(text, token, chat_format) for text, token in zip(texts, closing_tokens)]
+        return texts
 
     def _encode_chats(
         self,
@@ -286,9 +425,7 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
             ids, mask = self.encode_conversation_with_mask(chat, add_generation_prompt, chat_format)
             if continue_final_message and chat_format.is_complete(chat):
                 ids.pop()
-            kept = list(range(len(ids)))
-            if truncation and truncation != "do_not_truncate":
-                kept = self._kept_positions(ids, self.model_max_length if max_length is None else max_length)
+            kept = self._kept_if_truncated(ids, truncation, max_length)
             columns["input_ids"].append([ids[index] for index in kept])
             columns["assistant_masks"].append([mask[index] for index in kept])
         if not return_assistant_tokens_mask:
@@ -302,6 +439,11 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
             return_tensors=return_tensors,
         )
 
+    def _kept_if_truncated(self, ids: list[int], truncation: bool | str, max_length: int | None) -> list[int]:
+        if not truncation or truncation == "do_not_truncate":
+            return list(range(len(ids)))
+        return self._kept_positions(ids, self.model_max_length if max_length is None else max_length)
+
     def _kept_positions(self, ids: list[int], limit: int) -> list[int]:
         """Which tokens stay when a conversation is truncated; the opening tokens always do."""
         if self.truncation_side == "right" or len(ids) <= limit:
@@ -312,20 +454,25 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
     def _encode_segments(
         self, segments: Sequence[Segment], chat_format: ConversationFormat
     ) -> tuple[list[int], list[int]]:
-        special_ids = self._special_ids(chat_format)
         ids: list[int] = []
         mask: list[int] = []
-        for segment in segments:
-            if segment.is_special:
-                ids.append(special_ids[segment.text])
-                mask.append(int(segment.is_answer))
-                continue
-            text_ids, offsets = self._message_encoding(segment.text)
-            ids += text_ids
-            for start, end in offsets:
+        for segment, (segment_ids, spans) in zip(segments, self._encodings(segments, chat_format)):
+            ids += segment_ids
+            for start, end in spans:
                 is_inside = any(start < last and end > first for first, last in segment.answer_spans)
                 mask.append(int(segment.is_answer or is_inside))
         return ids, mask
+
+    def _encodings(
+        self, segments: Sequence[Segment], chat_format: ConversationFormat
+    ) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """The ids of each segment, and where in its text they come from."""
+        special_ids = self._special_ids(chat_format)
+        for segment in segments:
+            if segment.is_special:
+                yield [special_ids[segment.text]], [(0, len(segment.text))]
+            else:
+                yield self._message_encoding(segment.text)
 
     @staticmethod
     def _with_query(query: str, history: Any, role: str, chat_format: ConversationFormat) -> list[Message]:

@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "configuration_chatglm": set(),
     "conversation_chatglm": {"conversation_calls", "conversation_templates"},
     "conversation_calls": set(),
+    "conversation_rendering": {"conversation_chatglm", "conversation_templates"},
     "conversation_templates": set(),
     "generation_cache": set(),
     "generation_chatglm": {"conversation_chatglm", "generation_cache", "generation_published"},
@@ -64,7 +65,7 @@ ARROWS: dict[str, set[str]] = {
         "tokenization_vocabulary",
     },
     "tokenization_chatglm_6b": {"conversation_chatglm", "tokenization_conversation"},
-    "tokenization_conversation": {"conversation_chatglm"},
+    "tokenization_conversation": {"conversation_chatglm", "conversation_rendering"},
     "tokenization_published": {"tokenization_conversation"},
     "tokenization_vocabulary": set(),
 }

@@ -533,7 +533,7 @@ def test_templates_write_what_the_segments_hold(
             messages = conversation.CONVERSATION_FORMATS["glm4"].normalize_messages(chat)
             segments = conversation.CONVERSATION_FORMATS["glm4"].segments(messages, prompt)
             text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
-            assert text == "[gMASK]<sop>" + "".join(segment.text for segment in segments)
+            assert text.replace("\u2060", "") == "[gMASK]<sop>" + "".join(segment.text for segment in segments)
             (rendered,), _ = render_jinja_template(
                 [chat], chat_template=tokenizer.chat_template, add_generation_prompt=prompt
             )
