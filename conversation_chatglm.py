@@ -49,6 +49,7 @@ from .conversation_templates import (
     CHATGLM3_TOKENS,
     CHATGLM_6B_TEMPLATE,
     CHATGLM_6B_TOKENS,
+    EARLIER_RESPONSE_TEMPLATES,
     EARLIER_TEMPLATES,
     GLM4_BUILTIN_TOOLS,
     GLM4_RESPONSE_TEMPLATE,
@@ -214,6 +215,11 @@ class ConversationFormat:
             return templates if has_own else self.chat_template
         shipped = [known.chat_template for known in CONVERSATION_FORMATS.values()]
         return self.chat_template if not saved or saved in shipped or _is_known_template(saved) else saved
+
+    def current_response_template(self, saved: Any) -> Any:
+        """How the library's parser reads an answer: ours, unless another one was saved that was never ours."""
+        digest = hashlib.sha256(json.dumps(saved, sort_keys=True, default=repr).encode()).hexdigest()
+        return self.response_template if not saved or digest in EARLIER_RESPONSE_TEMPLATES else saved
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """The text that asks for an answer, without the control tokens that the tokenizer adds to every text."""

@@ -95,6 +95,11 @@ EARLIER_TEMPLATES = (
     "985fe5a6844fe3cc38aeb339f2b5948c8c44c615005f44d2becf4ab2bf5d8367",
     "01f9ed5cfd47afb7974bb8f9ac8ea91b337917972bc62a87d5aeada7775fc105",
 )
+EARLIER_RESPONSE_TEMPLATES = (
+    "5db0c450b55ca0c8af576968bd1cfae193057f55ac62265006ae63f8efd4208a",
+    "e815cbae323e9d75f0901adf7e24c9c2780cd9f0716d7ed437f3b2f410f30867",
+    "85fad4887574a7543c9006de3ebf53337919bc6937617580521ee5e367da192c",
+)
 # and those of the published folders: ChatGLM3-6B from revision 103caa4 on, GLM-4-9B's first revisions and its later ones.
 PUBLISHED_TEMPLATES = (
     "3c0be383fbfffae79183c26a8e4612687a5c7a48f8878d4cef48959272a33196",
@@ -315,6 +320,8 @@ GLM4_TEMPLATE = (
 # The name of a tool that may be called, at the beginning of an answer or of its next part. A text begins with an empty
 # line, and where a model leaves that out, its first punctuation or its length tells that it is no name.
 TOOL_NAME = r"(?P<name>[\w.:/\-]{1,64}+)[ ]*\n"
+# Ends a call that is nested deeper than one is read here; the library's JSON reader raises for a model that only opens.
+TOO_DEEP = r"|(?=(?:[\[{][^\[\]{}]*+){33})"
 
 CHATGLM3_RESPONSE_TEMPLATE: dict[str, Any] = {
     "defaults": {"role": "assistant"},
@@ -323,15 +330,16 @@ CHATGLM3_RESPONSE_TEMPLATE: dict[str, Any] = {
         "tool_calls": {
             # The vocabulary decodes with a space before the name and before the fence.
             "open_pattern": r"(?:^|<\|assistant\|>)[ ]*" + TOOL_NAME + r"[ ]*```\w*\n\s*tool_call\(",
-            "close_pattern": r"\s*```\s*",
+            "close_pattern": r"\s*```\s*" + TOO_DEEP,
             "repeats": True,
             "content": "xml-inline",
             "content_args": {
-                # Python writes 'text' where JSON writes "text": `string_delims` reads both, but not the two characters
-                # that the library keeps for itself there.
-                "tag_pattern": r"(?:^|,)\s*(?P<key>\w+)\s*=\s*(?P<value>'(?:[^'\\\x01\x02]|\\.)*+'|\"(?:[^\"\\\x01\x02]|\\.)*+\""
-                r"|(?P<nest>[\[{](?:[^\[\]{}'\"\x01\x02]|'(?:[^'\\\x01\x02]|\\.)*+'|\"(?:[^\"\\\x01\x02]|\\.)*+\"|(?&nest))*+[\]}])"
-                r"|[^,()\[\]{}\x01\x02]+)",
+                # Python writes 'text' where JSON writes "text": `string_delims` reads both, but not "it's Tom's", nor the
+                # two characters that the library keeps for itself there.
+                "tag_pattern": r"(?:^|,)\s*(?P<key>\w+)\s*=\s*(?:\"(?P<value>[^\"\\\x01\x02]*'[^\"\\\x01\x02]*)\""
+                r"|(?P<value>'(?:[^'\\\x01\x02]|\\[^\x01\x02])*+'|\"(?:[^\"\\\x01\x02]|\\[^\x01\x02])*+\""
+                r"|(?P<nest>[\[{](?:[^\[\]{}'\"\x01\x02]|'(?:[^'\\\x01\x02]|\\[^\x01\x02])*+'|\"(?:[^\"\\\x01\x02]|\\[^\x01\x02])*+\"|(?&nest))*+[\]}])"
+                r"|[^,()\[\]{}\x01\x02]+))",
                 "value_parser": {
                     "name": "json",
                     "args": {"string_delims": [["'", "'"]], "allow_non_json": True},
@@ -354,7 +362,7 @@ GLM4_RESPONSE_TEMPLATE: dict[str, Any] = {
             + r")[ ]*\n|"
             + TOOL_NAME
             + r"\s*(?=\{))",
-            "close_pattern": r"\s*(?:<\|assistant\|>|<\|user\|>|<\|observation\|>|<\|endoftext\|>)",
+            "close_pattern": r"\s*(?:<\|assistant\|>|<\|user\|>|<\|observation\|>|<\|endoftext\|>)" + TOO_DEEP,
             "repeats": True,
             "content": "json",
             "content_args": {"allow_non_json": True},
@@ -374,6 +382,7 @@ __all__ = [
     "CHATGLM3_TOKENS",
     "CHATGLM_6B_TEMPLATE",
     "CHATGLM_6B_TOKENS",
+    "EARLIER_RESPONSE_TEMPLATES",
     "EARLIER_TEMPLATES",
     "GLM4_BUILTIN_TOOLS",
     "GLM4_RESPONSE_TEMPLATE",

@@ -110,7 +110,7 @@ class ChatGLMTokenizersBackend(PublishedCalls, TokenizersBackend):
         for name, token in self.vocabulary.named_tokens.items():
             kwargs[name] = kwargs.get(name) or token
         kwargs["chat_template"] = self._template_to_use(kwargs.get("chat_template"))
-        kwargs["response_template"] = kwargs.get("response_template") or self.chat_format.response_template
+        kwargs["response_template"] = self.chat_format.current_response_template(kwargs.get("response_template"))
         super().__init__(
             vocab_file=vocab_file,
             encode_special_tokens=encode_special_tokens,
