@@ -91,7 +91,7 @@ def test_the_published_templates_are_known(
 
 
 @every_revision
-@pytest.mark.parametrize("place", ["setting", "file", "names"])
+@pytest.mark.parametrize("place", ["setting", "file", "names", "folder"])
 def test_ids_of_late_folders_are_those_of_early_ones(
     load: Callable[..., Any],
     published: Callable[[str], str],
@@ -104,6 +104,7 @@ def test_ids_of_late_folders_are_those_of_early_ones(
     late = {
         "setting": lambda: load(case, chat_template=text),
         "file": lambda: load(case, {"chat_template.jinja": text}),
+        "folder": lambda: load(case, {"chat_template.jinja": text, "additional_chat_templates/rag.jinja": text}),
         "names": lambda: load(
             case, chat_template=[{"name": name, "template": text} for name in ("default", "tool_use")]
         ),

@@ -543,6 +543,18 @@ def test_templates_write_what_the_segments_hold(
     assert tokenizer.apply_chat_template(CHAT[1:2], continue_final_message=True, return_dict=False) == alone
 
 
+def test_message_by_message_is_the_whole_conversation(tokenizer: PreTrainedTokenizerBase) -> None:
+    """As the official fine-tuning encodes: each message on its own, and one closing token behind the last."""
+    system = {"role": "system", "content": "s", "tools": [{"type": "python"}, WEATHER]}
+    observed = [{"role": "observation", "content": "o"}, {"role": "assistant", "content": "end"}]
+    for chat in (CHAT[:2], CHAT, [system, *CHAT], [system, CHAT[0], *TOOL_CHAT[2:3], *observed]):
+        pieces = [tokenizer.apply_chat_template([message], return_dict=False) for message in chat]
+        assert all(ids[:2] == tokenizer.get_prefix_tokens() for ids in pieces)
+        whole = sum((ids[2:] for ids in pieces), tokenizer.get_prefix_tokens())
+        closed = [*whole, tokenizer.get_command("<|user|>")]
+        assert tokenizer.apply_chat_template(chat, return_dict=False) == closed
+
+
 def test_the_mask_of_answers(tokenizer: PreTrainedTokenizerBase) -> None:
     encoded = tokenizer.apply_chat_template(CHAT, return_assistant_tokens_mask=True)
     answers = [index for index, mask in zip(encoded["input_ids"], encoded["assistant_masks"]) if mask]
