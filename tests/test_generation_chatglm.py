@@ -297,6 +297,24 @@ def test_tool_call_is_parsed_and_never_executed(chatglm3: Pair, tmp_path: Path) 
     assert not evidence.exists()
 
 
+def test_code_for_a_built_in_tool_is_content_and_never_executed(
+    case_model: Callable[[str], Any], case_tokenizer: Callable[[str], Any], tmp_path: Path
+) -> None:
+    model, tokenizer = case_model("glm4"), case_tokenizer("glm4")
+    code = f"open({str(tmp_path / 'evidence')!r}, 'w')"
+    history = [{"role": "system", "content": "s", "tools": [{"type": "python"}]}]
+    answer = (f"python\n{code}", "<|observation|>")
+    *_, streamed = model.stream_chat(tokenizer, "算", history=history, **saying(tokenizer, *answer))
+    response, history = model.chat(tokenizer, "算", history=history, **saying(tokenizer, *answer))
+    assert response == {"name": "python", "content": code}
+    assert streamed == (response, history)
+    options = saying(tokenizer, "\n2", "<|user|>")
+    response, history = model.chat(tokenizer, "2", history=history, role="observation", **options)
+    assert response == "2"
+    assert [message["role"] for message in history] == ["system", "user", "assistant", "observation", "assistant"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_stop_tokens_are_dropped(chatglm3: Pair) -> None:
     model, tokenizer = chatglm3
     for end in ("</s>", "<|user|>", "<|observation|>"):
