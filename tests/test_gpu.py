@@ -267,3 +267,13 @@ def test_generate_with_a_static_cache(settings: str, quantized_model: Callable) 
     expected = model.generate(ids, **options)
     for _ in range(2):
         assert model.generate(ids, cache_implementation="static", **options).tolist() == expected.tolist()
+
+
+def test_published_chains(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    """As READMEs write them: `.half().quantize(4).cuda()`, and quantized on the GPU a layer at a time."""
+    ids = torch.randint(4, 89, (1, 11))
+    logits = []
+    for model in (tiny_model().half().quantize(4).cuda(), tiny_model().half().quantize(bits=4, device="cuda").cuda()):
+        with torch.no_grad():
+            logits.append(model.eval()(ids.cuda()).logits)
+    assert_close_to(logits[0], logits[1], 3e-2)

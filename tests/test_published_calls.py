@@ -260,6 +260,10 @@ def test_a_published_mask_of_padded_rows_and_of_a_cache(name: str, case_model: N
     model, tensors = case_model(name), case(name).tensors
     ids, padding = tensors["batch.input_ids"], tensors["batch.attention_mask"]
     masks = model.get_masks(ids, None, padding_mask=padding)
+    row, column = int(padding.sum(-1).argmin()), 0
+    assert padding[row, column] == 0
+    # Real tokens see no padding; padding sees everything, as published.
+    assert masks[row, 0, padding[row].bool(), column].all() and not masks[row, 0, column].any()
     with torch.no_grad():
         whole = model(ids, full_attention_mask=masks, position_ids=tensors["batch.position_ids"])
         begun = model(ids[:, :-3], attention_mask=padding[:, :-3], use_cache=True)
