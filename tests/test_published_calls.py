@@ -125,6 +125,7 @@ def test_signatures_can_be_read(pair: Pair) -> None:
         assert method.__doc__.startswith("Answer")
 
 
+@pytest.mark.floor
 def test_positions_answer_like_keywords(name: str, pair: Pair) -> None:
     model, tokenizer = pair
     values = GIVEN | {"history": [], "max_length": 40, "logits_processor": None}
@@ -150,6 +151,7 @@ def test_an_unknown_argument_of_chat_is_named(pair: Pair, started: list[dict[str
         started.clear()
 
 
+@pytest.mark.floor
 def test_streaming_drops_unknown_arguments(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer = pair
     ids = model.build_inputs(tokenizer, "你好")["input_ids"]
@@ -178,6 +180,7 @@ def test_a_limit_below_the_prompt_is_named(pair: Pair, started: list[dict[str, A
     model.chat(tokenizer, "hello", max_length=length + 1)
 
 
+@pytest.mark.floor
 def test_what_a_tokenizer_returned_is_a_prompt(pair: Pair) -> None:
     model, tokenizer = pair
     encoding = tokenizer.apply_chat_template(

@@ -29,6 +29,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import check_device_map
 from conftest import REPOSITORY
 from generations import ALL_CASES, GENERATION_CASES, RECORDED, ROLE_CASES
 from peft import AutoPeftModelForCausalLM, LoraConfig, TaskType, get_peft_model
@@ -471,6 +472,7 @@ def run_conversation(model: Any, tokenizer: Any, query: str, tools: Any, **setti
     return response, history
 
 
+@pytest.mark.floor
 @pytest.mark.parametrize("form", ["list", "dict"])
 @pytest.mark.parametrize("name", ROLE_GENERATIONS)
 def test_tool_registry(name: str, form: str, pair: Pair, bundled: Pair) -> None:
@@ -610,6 +612,33 @@ def test_fine_tune_and_infer(name: str, case_folder: Named, tmp_path: Path) -> N
     assert difference.abs().max() < 1e-5
     response, history = tuned.chat(tokenizer, "你好", max_length=40)
     assert len(history) >= 2 and response is not None
+
+
+# Several GPUs.
+
+
+def device_map_by_hand(num_layers: int, num_gpus: int, names: tuple[str, ...], layer: str) -> dict[str, int]:
+    """The ends of the model on the first GPU, the layers one after the other on all of them."""
+    return dict.fromkeys(names, 0) | {f"{layer}.{i}": i * num_gpus // num_layers for i in range(num_layers)}
+
+
+def test_device_map_by_hand(pair: Pair, name: str) -> None:
+    model, _ = pair
+    newer = ("transformer.embedding", "transformer.rotary_pos_emb", "transformer.output_layer")
+    names = {"chatglm1": ("transformer.word_embeddings", "lm_head", "transformer.final_layernorm")}
+    layer = {"chatglm1": "transformer.layers"}
+    device_map = device_map_by_hand(
+        model.config.num_layers,
+        2,
+        names.get(name, (*newer, "transformer.encoder.final_layernorm")),
+        layer.get(name, "transformer.encoder.layers"),
+    )
+    if name != "chatglm1":
+        check_device_map(model, device_map)
+        return
+    # The modules of ChatGLM-6B have the names of its successors here; only its files have the older ones.
+    with pytest.raises(ValueError, match="transformer.embedding.word_embeddings.weight"):
+        check_device_map(model, device_map)
 
 
 # Many prompts at once.
