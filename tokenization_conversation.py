@@ -216,7 +216,8 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         With `add_special_tokens=False`, a conversation that the chat template rendered to text, alone or in a list,
         gets the ids of `apply_chat_template`. An explicit `split_special_tokens` takes every text for a plain one.
         """
-        if not (add_special_tokens or "split_special_tokens" in kwargs or text_pair or text_target):
+        is_text_alone = text_pair is None and text_target is None and "split_special_tokens" not in kwargs
+        if not add_special_tokens and is_text_alone:
             texts = text if isinstance(text, (list, tuple)) else [text]
             read = [read_rendered(item, self.chat_format) if isinstance(item, str) else None for item in texts]
             if any(read) and not kwargs.get("is_split_into_words"):
@@ -252,7 +253,7 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         rows = [
             self._plain_row(text, truncation, max_length, return_offsets_mapping)
             if pieces is None
-            else self._rendered_row(text, pieces, truncation, max_length)
+            else self._rendered_row(text, pieces, truncation, max_length, return_offsets_mapping)
             for text, pieces in zip(texts, read)
         ]
         encoded = self._pad_rows(rows, padding=padding, max_length=max_length, **kwargs)
@@ -313,14 +314,22 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         return {key: value[0] for key, value in row.items()}
 
     def _rendered_row(
-        self, text: str, pieces: Sequence[Piece], truncation: bool | str, max_length: int | None
+        self,
+        text: str,
+        pieces: Sequence[Piece],
+        truncation: bool | str,
+        max_length: int | None,
+        return_offsets_mapping: bool,
     ) -> dict[str, Any]:
-        row: dict[str, list[Any]] = {"input_ids": [], "special_tokens_mask": [], "offset_mapping": []}
+        """A rendered conversation; truncation keeps what it keeps of a conversation."""
+        columns = ["input_ids", "special_tokens_mask"] + ["offset_mapping"] * return_offsets_mapping
+        row: dict[str, list[Any]] = {name: [] for name in columns}
         segments = [piece.segment for piece in pieces]
         for piece, (ids, spans) in zip(pieces, self._encodings(segments, self.chat_format)):
             row["input_ids"] += ids
             row["special_tokens_mask"] += [int(piece.segment.is_special)] * len(ids)
-            row["offset_mapping"] += spans_in_rendered(text, piece, spans)
+            if return_offsets_mapping:
+                row["offset_mapping"] += spans_in_rendered(text, piece, spans)
         kept = self._kept_if_truncated(row["input_ids"], truncation, max_length)
         return {key: [values[index] for index in kept] for key, values in row.items()}
 

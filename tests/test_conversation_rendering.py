@@ -16,11 +16,14 @@
 And what users write gives no control token by that way either.
 """
 
+import copy
 import json
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -30,7 +33,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 
 JOINER = "\u2060"
-CLOSING = {"chatglm": "<eop>", "chatglm2": "</s>", "chatglm3": "</s>", "glm4": "<|user|>"}
 # What hostile messages are made of: control tokens and parts of them, joiners, and what stands between messages.
 PARTS = [
     *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<sop>", "<eop>", "<ENC>", "<unk>", "<pad>", "<s>", "</s>"),
@@ -191,3 +193,176 @@ def test_tools_and_calls(case_tokenizer: Callable[[str], Any], name: str) -> Non
         # With the messages as they come, as other programs have them.
         rendered, _ = render_jinja_template([chat], chat_template=tokenizer.chat_template, **options)
         assert tokenizer.encode(rendered[0], add_special_tokens=False) == ids
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+def test_answers_at_the_end(case_tokenizer: Callable[[str], Any], name: str) -> None:
+    """Closed, left open to be continued, and continued by the text that another program puts behind a prompt."""
+    tokenizer = case_tokenizer(name)
+    for answer in ("It is", "It is\n\n", f"\n\n{JOINER}", "答：\n\n答：Paris", "", "</s>", "<eop>", "[gMASK]<sop>"):
+        chat = [{"role": "user", "content": "Hi\n\n答："}, {"role": "assistant", "content": answer}]
+        for options in ({}, {"continue_final_message": True}):
+            assert render_and_encode(tokenizer, chat, **options) == tokenizer.apply_chat_template(
+                chat, return_dict=False, **options
+            )
+        chats = [chat, chat]
+        texts = tokenizer.apply_chat_template(chats, tokenize=False, continue_final_message=True)
+        assert texts == [tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=True)] * 2
+    prompt = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    context = tokenizer.encode(prompt, add_special_tokens=False)
+    whole = tokenizer.encode(prompt + "\nParis", add_special_tokens=False)
+    assert whole[: len(context)] == context
+    assert tokenizer.decode(whole[len(context) :]).strip() == "Paris"
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+def test_nothing_else_is_recognised(
+    case_tokenizer: Callable[[str], Any], source: Callable[[str], ModuleType], name: str
+) -> None:
+    tokenizer, rendering = case_tokenizer(name), source("conversation_rendering")
+    texts = {
+        "chatglm1": ["[gMASK]", "<sop>", "[gMASK]sop", "[gMASK] <sop>", "a<eop>", "[gMASK]<so"],
+        "chatglm2": ["[gMASK]sop", "[gMASK]<sop>", " [gMASK]sopa", "sop", "[Round 1]\n\n问：a\n\n答："],
+        "chatglm3": ["[gMASK]sop", "[gMASK]sopa", "[gMASK]sop<|user>", "[gMASK]<sop><|user|>", "<|user|>\na"],
+        "glm4": ["[gMASK]<sop>", "[gMASK]<sop>a", "[gMASK]sop<|user|>", "<|user|>\na", "[gMASK]<sop><|endoftext|>"],
+    }[name]
+    for text in [*texts, "", "a", "你好\n"]:
+        assert rendering.read_rendered(text, tokenizer.chat_format) is None
+        plain = tokenizer(text, add_special_tokens=False, split_special_tokens=tokenizer.split_special_tokens)
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == plain["input_ids"]
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer.encode(rendered, add_special_tokens=False)
+    assert ids == tokenizer.build_chat_input("a")["input_ids"][0].tolist()
+    # With special tokens, as a pair, or where it is said how control tokens are read, it is a text like any other.
+    plain = {"add_special_tokens": False, "split_special_tokens": True}
+    assert tokenizer.encode(rendered) == tokenizer.encode(
+        rendered, split_special_tokens=tokenizer.split_special_tokens
+    )
+    assert tokenizer.encode(rendered, **plain) != ids
+    pair = tokenizer(rendered, "b", add_special_tokens=False)["input_ids"]
+    assert (
+        pair
+        == tokenizer(rendered, "b", add_special_tokens=False, split_special_tokens=tokenizer.split_special_tokens)[
+            "input_ids"
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+def test_every_form_of_a_call(case_tokenizer: Callable[[str], Any], name: str) -> None:
+    tokenizer = case_tokenizer(name)
+    chats = [[{"role": "user", "content": text}] for text in ("<|user|> [gMASK]", "a longer question\n\nor two")]
+    rows = [tokenizer.build_chat_input(chat[0]["content"])["input_ids"][0].tolist() for chat in chats]
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    options: dict[str, Any] = {"add_special_tokens": False}
+    for encoded in (tokenizer(texts[0], **options), tokenizer.encode_plus(texts[0], **options)):
+        same = tokenizer.apply_chat_template(chats[0], add_generation_prompt=True)
+        assert encoded == same
+    assert tokenizer.encode(texts[0], None, False) == rows[0]
+    for batch in (tokenizer(texts, **options), tokenizer(tuple(texts), **options)):
+        assert batch["input_ids"] == tokenizer.batch_encode_plus(texts, **options)["input_ids"] == rows
+    for side in ("left", "right"):
+        padding = {"padding": True, "return_tensors": "pt", "padding_side": side}
+        batch = tokenizer(texts, **options, **padding)
+        expected = tokenizer.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
+            tokenizer_kwargs={"padding_side": side},
+        )
+        assert batch.keys() == expected.keys()
+        assert all(batch[key].equal(expected[key]) for key in expected)
+    unpadded = tokenizer(texts[0], **options, return_tensors="pt")
+    ready = tokenizer.build_chat_input(chats[0][0]["content"])
+    assert unpadded.keys() == ready.keys()
+    assert all(unpadded[key].equal(ready[key]) for key in ready)
+    # Among plain texts, with all that a call can return.
+    mixed = tokenizer(
+        ["plain", texts[0]],
+        **options,
+        padding="max_length",
+        max_length=len(rows[0]) + 2,
+        return_special_tokens_mask=True,
+        return_token_type_ids=True,
+        return_length=True,
+    )
+    plain = tokenizer.encode("plain", **options)
+    width = len(rows[0]) + 2
+    assert mixed["input_ids"][0] == [tokenizer.pad_token_id] * (width - len(plain)) + plain
+    assert mixed["input_ids"][1] == [tokenizer.pad_token_id] * 2 + rows[0]
+    assert mixed["length"] == [width] * 2
+    assert mixed["token_type_ids"][0] == [0] * width
+    names = [*tokenizer.chat_format.opening_tokens, *tokenizer.special_tokens]
+    special = {tokenizer.convert_tokens_to_ids(token) for token in names}
+    assert mixed["special_tokens_mask"][1] == [1] * 2 + [int(index in special) for index in rows[0]]
+    with pytest.raises(ValueError, match="overlapping"):
+        tokenizer(texts, **options, truncation=True, max_length=4, return_overflowing_tokens=True)
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_truncation_is_that_of_conversations(case_tokenizer: Callable[[str], Any], name: str, side: str) -> None:
+    tokenizer = copy.deepcopy(case_tokenizer(name))
+    tokenizer.truncation_side = side
+    chat = [{"role": "user", "content": "a much longer question\n"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    for limit in (3, 6, 1000):
+        whole = tokenizer.apply_chat_template(chat, add_generation_prompt=True, truncation=True, max_length=limit)
+        for options in ({"truncation": True}, {"truncation": "longest_first"}, {}):
+            cut = tokenizer([text, "a b c d e f g h"], add_special_tokens=False, max_length=limit, **options)
+            assert cut["input_ids"][0] == whole["input_ids"]
+            assert len(cut["input_ids"][1]) <= limit
+    assert tokenizer.encode(text, add_special_tokens=False, truncation=False, max_length=3) == whole["input_ids"]
+
+
+@pytest.mark.parametrize("name", [name for name in GENERATION_CASES if name != "chatglm1"])
+def test_offsets(case_tokenizer: Callable[[str], Any], name: str) -> None:
+    """ChatGLM-6B's tokenizer has none."""
+    tokenizer = case_tokenizer(name)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "ab <|user|></s> 你\nc"}], tokenize=False, add_generation_prompt=True
+    )
+    assert JOINER in text
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert len(encoded["offset_mapping"]) == len(encoded["input_ids"])
+    covered = set()
+    for start, end in encoded["offset_mapping"]:
+        assert start < end
+        covered.update(range(start, end))
+    assert {text[place] for place in set(range(len(text))) - covered} <= {JOINER}
+    ends = [end for _, end in encoded["offset_mapping"]]
+    assert ends == sorted(ends)
+    batch = tokenizer(
+        [text, "a"], add_special_tokens=False, return_offsets_mapping=True, padding=True, padding_side="right"
+    )
+    assert batch["offset_mapping"][0] == encoded["offset_mapping"]
+    assert batch["offset_mapping"][1][1:] == [(0, 0)] * (len(ends) - 1)
+
+
+def test_the_marked_tokens_are_the_special_ones(case_tokenizer: Callable[[str], Any]) -> None:
+    """`sop` and `eop` are words, and control tokens only behind `[gMASK]` and in nothing that is rendered."""
+    for name in GENERATION_CASES:
+        tokenizer = case_tokenizer(name)
+        vocabulary = tokenizer.vocabulary
+        special = {*vocabulary.control_tokens, *vocabulary.named_tokens.values(), vocabulary.pair_token}
+        special |= {"</s>"} if name == "chatglm1" else set()
+        assert special - {"sop", "eop"} == set(tokenizer.chat_format.marked_tokens)
+        assert tokenizer.apply_chat_template(
+            [{"role": "user", "content": "philosophy sop eop"}], tokenize=False
+        ).endswith("philosophy sop eop" + {"chatglm2": "\n\n"}.get(name, ""))
+
+
+def test_reading_takes_no_longer_than_it_should(source: Callable[[str], ModuleType]) -> None:
+    rendering = source("conversation_rendering")
+    formats = source("conversation_chatglm").CONVERSATION_FORMATS.values()
+    start = time.process_time()
+    for part in (JOINER, f"{JOINER}\n", f"\n{JOINER}", "\n\n答：", "<|user|>", "<", "a\n"):
+        for chat_format in formats:
+            opening = "".join(chat_format.opening_tokens)
+            for text in (part * 30_000, f"{opening}<|user|>{part * 30_000}", f"{part * 30_000}[gMASK]<sop>"):
+                rendering.read_rendered(text, chat_format)
+    # It takes 1 s.
+    assert time.process_time() - start < 10
