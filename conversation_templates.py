@@ -225,7 +225,7 @@ CHATGLM3_TEMPLATE = (
     {%- if role not in ['system', 'user', 'assistant', 'observation'] %}
         {{- raise_exception('Unknown role ' ~ role) }}
     {%- elif role != 'assistant' %}
-        {%- set offered = message['tools'] if message['tools'] is defined else (tools if loop.first else none) %}
+        {%- set offered = message['tools'] if message['tools'] is defined else (tools if loop.first and tools else none) %}
         {{- '<|' + role + '|>' + metadata + '\\n' + content }}
         {{- listed(offered) if role == 'system' and offered is not none }}
     {%- else %}

@@ -19,6 +19,7 @@ And what users write gives no control token by that way either.
 import copy
 import json
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from typing import Any
 
 import pytest
 from generations import FLOAT_CASES, GENERATION_CASES, GENERATIONS, RECORDED
+from jinja2.sandbox import SandboxedEnvironment
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -193,6 +195,19 @@ def test_tools_and_calls(case_tokenizer: Callable[[str], Any], name: str) -> Non
         # With the messages as they come, as other programs have them.
         rendered, _ = render_jinja_template([chat], chat_template=tokenizer.chat_template, **options)
         assert tokenizer.encode(rendered[0], add_special_tokens=False) == ids
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+def test_any_jinja_renders_the_same(case_tokenizer: Callable[[str], Any], name: str) -> None:
+    """Without the library's filters and its handling of white space; the tag that marks answers aside."""
+    tokenizer = case_tokenizer(name)
+    template = re.sub(r"\{%-? generation %\}", "{%- if true %}", tokenizer.chat_template)
+    template = re.sub(r"\{%-? endgeneration %\}", "{%- endif %}", template)
+    for environment in (SandboxedEnvironment(), SandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)):
+        compiled = environment.from_string(template)
+        for chat in hostile_chats(random.Random(1), not tokenizer.chat_format.uses_pairs, 50):
+            if "tools" not in chat[0]:
+                assert compiled.render(messages=chat) == tokenizer.apply_chat_template(chat, tokenize=False)
 
 
 @pytest.mark.parametrize("name", GENERATION_CASES)
