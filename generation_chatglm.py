@@ -209,7 +209,9 @@ class ChatGLMGenerationMixin(GenerationMixin):
         self._check_chunked_prefill(generation_config, kwargs)
         # CODEPATH: chatglm-6b; the others are causal.
         if self.config.prefix_lm:
-            kwargs["attention_mask"] = self.as_padding_mask(kwargs.get("attention_mask"))
+            is_whole = input_ids is not None and kwargs.get("past_key_values") is None
+            num_tokens = input_ids.shape[-1] if is_whole else None
+            kwargs["attention_mask"] = self.as_padding_mask(kwargs.get("attention_mask"), num_tokens)
             # Under their own name, the library would count both rows on, and repeat the second dimension for beams.
             kwargs["prompt_position_ids"] = kwargs.pop("position_ids", None)
         if kwargs.get("temperature") == 0 or kwargs.get("do_sample") is False:
@@ -291,8 +293,10 @@ class ChatGLMGenerationMixin(GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
-    def as_padding_mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """A mask in the form of the tokenizer as `[batch, seq]`, 1 for real tokens."""
+    def as_padding_mask(
+        self, attention_mask: torch.Tensor | None, num_tokens: int | None = None
+    ) -> torch.Tensor | None:
+        """A mask in the form of the tokenizer as `[batch, seq]`, 1 for real tokens; the last `num_tokens` of them."""
         return attention_mask
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:

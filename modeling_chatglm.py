@@ -377,8 +377,10 @@ class ChatGLMForConditionalGeneration(PrefixGenerationMixin, ChatGLMPreTrainedMo
             attentions=outputs.attentions,
         )
 
-    def as_padding_mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        return reduce_published_mask(attention_mask)
+    def as_padding_mask(
+        self, attention_mask: torch.Tensor | None, num_tokens: int | None = None
+    ) -> torch.Tensor | None:
+        return reduce_published_mask(attention_mask, num_tokens)
 
     def prepare_inputs_for_generation(
         self,

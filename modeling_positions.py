@@ -37,11 +37,16 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
-def reduce_published_mask(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The mask of ChatGLM-6B's tokenizer, bool `[batch, 1, seq, seq]`, true = hidden, as `[batch, seq]`, 1 = real."""
+def reduce_published_mask(attention_mask: torch.Tensor | None, num_tokens: int | None = None) -> torch.Tensor | None:
+    """The mask of ChatGLM-6B's tokenizer, bool `[batch, 1, seq, seq]`, true = hidden, as `[batch, seq]`, 1 = real.
+
+    Programs cut a prompt that is too long on the left, and a mask of two dimensions with it; this one they leave as it
+    is. So of a published mask, the last `num_tokens` positions are taken, if that is given.
+    """
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim == 2 or attention_mask.dtype != torch.bool:
         return attention_mask
-    return (~attention_mask).any(dim=-2)[:, 0].long()
+    reduced = (~attention_mask).any(dim=-2)[:, 0].long()
+    return reduced if num_tokens is None else reduced[:, -num_tokens:]
 
 
 def make_published_mask(

@@ -160,6 +160,9 @@ def test_masks_and_positions_of_the_published_tokenizer(model: ModelMaker) -> No
     new_ids = chatglm.generate(ids, attention_mask=mask, **GREEDY)
     position_ids = torch.zeros(2, 2, ids.shape[1], dtype=torch.long)
     assert torch.equal(chatglm.generate(ids, attention_mask=blocked, position_ids=position_ids, **GREEDY), new_ids)
+    # As programs that cut a prompt on the left, and with it what they take for a mask of two dimensions.
+    shorter, cut = ids[:, 2:], chatglm.generate(ids[:, 2:], attention_mask=mask[:, 2:], **GREEDY)
+    assert torch.equal(chatglm.generate(shorter, attention_mask=blocked[:, -9:], **GREEDY), cut)
 
 
 def test_eager_equals_sdpa_and_others_are_refused(model: ModelMaker) -> None:
