@@ -6,6 +6,7 @@
 #   make chat ARGS='--once 你好'          one answer, for scripts
 #   make test ARGS='-k stream_chat'       some of the tests
 #   make test-grid                        every way of fine-tuning, every compiled GPU kernel, eight minutes
+#   make test-programs                    programs of others, such as lm_eval, on all generations
 #   make conformance                      Transformers' own tests of models and tokenizers
 #   make bench                            every benchmark, small enough for a laptop
 #   make docs-check                       every command of the READMEs and of docs/
@@ -18,11 +19,12 @@ WORKERS ?= 2
 
 NEWEST := .venv
 FLOOR := .venv-floor
+PROGRAMS := .venv-programs
 CONFORMANCE := .conformance
 # The files mlinter has rules for.
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py tokenization_*.py generation_*.py)
 
-.PHONY: setup chat test test-grid test-floor conformance style fix bench docs-check
+.PHONY: setup chat test test-grid test-floor test-programs conformance style fix bench docs-check
 
 setup: $(NEWEST)/installed
 
@@ -30,13 +32,16 @@ chat: setup
 	@$(NEWEST)/bin/python examples/chat.py $(MODEL) $(ARGS)
 
 test: setup
-	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m 'not grid' $(ARGS)
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m 'not grid and not programs' $(ARGS)
 
 test-grid: setup
 	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m grid $(ARGS)
 
 test-floor: $(FLOOR)/installed
 	$(FLOOR)/bin/python -m pytest -n $(WORKERS) -m floor $(ARGS)
+
+test-programs: $(PROGRAMS)/installed
+	$(PROGRAMS)/bin/python -m pytest -n $(WORKERS) -m programs $(ARGS)
 
 conformance: setup $(CONFORMANCE)/unpacked
 	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -o addopts=--strict-markers tests/conformance $(ARGS)
@@ -59,6 +64,7 @@ docs-check: setup
 
 $(NEWEST)/installed: requirements/newest.txt requirements/common.txt
 $(FLOOR)/installed: requirements/floor.txt requirements/common.txt
+$(PROGRAMS)/installed: requirements/programs.txt requirements/newest.txt requirements/common.txt
 
 %/installed:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'

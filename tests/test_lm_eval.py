@@ -19,7 +19,6 @@ Its log-likelihoods are compared with those of the model for ids that the tokeni
 import importlib
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partialmethod
@@ -30,6 +29,11 @@ import pytest
 import torch
 from generations import GENERATION_CASES
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import upgrade_checkpoint  # noqa: E402
 
 
 pytestmark = pytest.mark.programs
@@ -88,8 +92,7 @@ def upgraded(reference_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     def folder(name: str) -> Path:
         target = tmp_path_factory.mktemp("upgraded") / name
         shutil.copytree(reference_dir / name, target, ignore=shutil.ignore_patterns("expected.*"))
-        script = Path(__file__).resolve().parent.parent / "scripts" / "upgrade_checkpoint.py"
-        subprocess.run([sys.executable, str(script), str(target)], check=True, stdout=subprocess.DEVNULL)
+        assert upgrade_checkpoint.main([str(target)]) == 0
         return target
 
     return folder
@@ -199,18 +202,68 @@ def test_chats(
                 assert float(response[0]) == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["chatglm3", "glm4"])
-def test_special_tokens_once(
+@pytest.fixture
+def wrapped(
     lm_eval: Any,
     case_model: Callable[[str], PreTrainedModel],
     case_tokenizer: Callable[[str], PreTrainedTokenizerBase],
-    name: str,
-) -> None:
-    tokenizer = case_tokenizer(name)
-    opening = {"prefix_token_id": tokenizer.get_command("[gMASK]")}
-    wrapped = importlib.import_module("lm_eval.models.huggingface").HFLM(
-        pretrained=case_model(name), tokenizer=tokenizer, batch_size=1, device="cpu", **opening
-    )
+) -> Callable[..., Any]:
+    """What the program makes of a model and its tokenizer: `wrapped("chatglm3", **model arguments)`."""
+    wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
+
+    def wrap(name: str, **arguments: Any) -> Any:
+        return wrapper(pretrained=case_model(name), tokenizer=case_tokenizer(name), device="cpu", **arguments)
+
+    return wrap
+
+
+@pytest.mark.parametrize("name", ["chatglm3", "glm4"])
+def test_special_tokens_by_an_argument(wrapped: Callable[..., Any], name: str) -> None:
+    tokenizer = wrapped(name).tokenizer
+    program = wrapped(name, prefix_token_id=tokenizer.get_command("[gMASK]"))
     for text in ("show me", "你好"):
-        assert wrapped.tok_encode(text) == tokenizer.encode(text)
-    assert wrapped.tok_decode(wrapped.eot_token_id, skip_special_tokens=False) == tokenizer.eos_token
+        assert program.tok_encode(text) == tokenizer.encode(text)
+        # None are added to a text that has them.
+        rendered = program.apply_chat_template([{"role": "user", "content": text}])
+        assert program.tok_encode(rendered) == tokenizer.build_chat_input(text)["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "context"), [("chatglm1", "show me[gMASK]<sop>"), ("chatglm2", "[gMASK]sopshow me"), ("glm4", "show me")]
+)
+def test_special_tokens_in_the_text_of_a_task(wrapped: Callable[..., Any], name: str, context: str) -> None:
+    program = wrapped(name)
+    tokenizer = program.tokenizer
+    ids, continuation = program._encode_pair(context, "\n北京")
+    assert ids == tokenizer.encode("show me")
+    expected = tokenizer.encode("show me\n北京", add_special_tokens=False)
+    alone = tokenizer.encode("\n北京", add_special_tokens=False)
+    assert continuation == (alone if name == "chatglm1" else expected[len(ids) - 2 :])
+
+
+def test_special_tokens_of_chatglm_6b_behind_the_continuation(wrapped: Callable[..., Any]) -> None:
+    """Why nothing may make the program add them to it: what it takes for the continuation is something else."""
+    tokenizer = wrapped("chatglm1").tokenizer
+    program = wrapped("chatglm1", prefix_token_id=tokenizer.convert_tokens_to_ids("北"))
+    assert program._encode_pair("show me", " it")[1] == tokenizer.encode("show me it")[-2:]
+    assert program._encode_pair("show me", " it")[1] == [tokenizer.gmask_token_id, tokenizer.bos_token_id]
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+def test_answers_behind_a_prefix(wrapped: Callable[..., Any], name: str) -> None:
+    program = wrapped(name, add_bos_token=False)
+    chat = [{"role": "user", "content": "show <|user|>"}, {"role": "assistant", "content": "ab"}]
+    context = program.apply_chat_template(chat, add_generation_prompt=False)
+    ids, continuation = program._encode_pair(context, " it")
+    longer = [chat[0], {"role": "assistant", "content": "ab it"}]
+    expected = program.tokenizer.apply_chat_template(longer, continue_final_message=True)["input_ids"]
+    assert ids + continuation == expected
+    assert len(continuation) == len(program.tokenizer.encode("ab it", add_special_tokens=False)) - len(
+        program.tokenizer.encode("ab", add_special_tokens=False)
+    )
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+def test_the_stop_text_is_the_name_of_the_end_token(wrapped: Callable[..., Any], name: str) -> None:
+    program = wrapped(name)
+    assert program.tok_decode(program.eot_token_id, skip_special_tokens=False) == program.tokenizer.eos_token
