@@ -209,8 +209,9 @@ class ChatGLMGenerationMixin(GenerationMixin):
         self._check_chunked_prefill(generation_config, kwargs)
         # CODEPATH: chatglm-6b; the others are causal.
         if self.config.prefix_lm:
-            is_whole = input_ids is not None and kwargs.get("past_key_values") is None
-            num_tokens = input_ids.shape[-1] if is_whole else None
+            num_tokens = None
+            if input_ids is not None and kwargs.get("past_key_values") is None:
+                num_tokens = input_ids.shape[-1]
             kwargs["attention_mask"] = self.as_padding_mask(kwargs.get("attention_mask"), num_tokens)
             # Under their own name, the library would count both rows on, and repeat the second dimension for beams.
             kwargs["prompt_position_ids"] = kwargs.pop("position_ids", None)
