@@ -74,11 +74,6 @@ def load(
     return tokenizer
 
 
-def make_known(patch: pytest.MonkeyPatch, source: Callable[[str], ModuleType], template: str) -> None:
-    digest = hashlib.sha256("".join(template.split()).encode()).hexdigest()
-    patch.setattr(source("conversation_chatglm"), "PUBLISHED_TEMPLATES", (digest,))
-
-
 @every_revision
 def test_the_published_templates_are_known(
     source: Callable[[str], ModuleType], published: Callable[[str], str], revision: str
@@ -138,14 +133,17 @@ def test_ids_of_late_folders_are_those_of_early_ones(
 
 
 @pytest.mark.parametrize("case", GENERATION_CASES)
+@pytest.mark.parametrize("known", ["PUBLISHED_TEMPLATES", "EARLIER_TEMPLATES"])
 def test_a_known_template_is_replaced_without_a_word(
     load: Callable[..., Any],
     source: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     case: str,
+    known: str,
 ) -> None:
-    make_known(monkeypatch, source, MADE_UP)
+    digest = hashlib.sha256("".join(MADE_UP.split()).encode()).hexdigest()
+    monkeypatch.setattr(source("conversation_chatglm"), known, (digest,))
     ours = source("conversation_chatglm").CONVERSATION_FORMATS[RECORDED[case].model_version].chat_template
     names = [{"name": "default", "template": MADE_UP}, {"name": "own", "template": "{{ 1 }}"}]
     assert load(case, chat_template=f"\n{MADE_UP} ").chat_template == ours
