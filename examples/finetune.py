@@ -109,7 +109,7 @@ def prepare(model: ModelArguments, data: DataArguments, run: RunArguments) -> Jo
     if data.packing:
         rows["train"] = pack_rows(rows["train"], data.max_length)
     counts["train_rows"] = len(rows["train"])
-    trainer = make_trainer(model, run, tokenizer, rows)
+    trainer = make_trainer(model, run, tokenizer, rows, data.by_sample)
     weights = list(trainer.model.parameters())
     # ZeRO-3 leaves nothing but a number in the place of a weight.
     sizes = [getattr(weight, "ds_numel", weight.numel()) for weight in weights]

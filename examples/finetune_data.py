@@ -34,6 +34,7 @@ import torch
 from datasets.fingerprint import Hasher
 from finetune_files import find_files, read_records
 from finetune_formats import FORMATS, Columns, read_row, recognise
+from finetune_loss import IGNORED, sample_weights
 from local_code import REPOSITORY
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -43,7 +44,6 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.finetune")
 
 Row = dict[str, Any]
-IGNORED = -100
 
 
 @dataclass
@@ -69,6 +69,14 @@ class DataArguments:
         default="truncate", metadata={"help": "what to do with longer ones"}
     )
     packing: bool = field(default=False, metadata={"help": "several samples in a row, up to max_length tokens"})
+    weigh_by: Literal["auto", "token", "sample"] = field(
+        default="auto", metadata={"help": "what counts alike in the loss; with packing the sample, else the token"}
+    )
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether samples count alike, however long their answers are."""
+        return self.weigh_by == "sample" or (self.weigh_by == "auto" and self.packing)
 
     @property
     def columns(self) -> Columns:
@@ -279,21 +287,26 @@ def pack_rows(rows: Any, max_length: int) -> PackedRows:
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Pads rows on the right, labels with -100, and makes tensors `[batch, seq]` of them.
+    """Pads rows on the right, labels with -100, and makes tensors `[batch, seq]` of them, and of what each token counts.
 
     ChatGLM-6B needs nothing else: its model reads two-row positions and the bidirectional context off the ids.
     """
 
     pad_token_id: int
+    by_sample: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         padding = {"input_ids": self.pad_token_id, "attention_mask": 0, "position_ids": 0, "labels": IGNORED}
         length = max(len(row["input_ids"]) for row in rows)
-        return {
+        batch = {
             name: torch.tensor([row[name] + [filler] * (length - len(row[name])) for row in rows])
             for name, filler in padding.items()
             if name in rows[0]
         }
+        if self.by_sample:
+            weights = [sample_weights(row["labels"], row.get("position_ids", range(length))) for row in rows]
+            batch["loss_weights"] = torch.tensor([row + [0.0] * (length - len(row)) for row in weights])
+        return batch
 
 
 def question_and_answer(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -79,6 +79,9 @@ class ModelArguments:
     dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] = field(
         default="float32", metadata={"help": "how the weights are held; what a method adds to them is float32"}
     )
+    attn_implementation: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] | None = field(
+        default=None, metadata={"help": "how attention is computed; flex and flash need no mask for packed rows"}
+    )
     adapter: str | None = field(
         default=None, metadata={"help": "the result of an earlier run, to go on training; it brings its own sizes"}
     )

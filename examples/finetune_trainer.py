@@ -14,6 +14,8 @@
 """How is the model of a method loaded, trained and saved on the way?"""
 
 import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import peft
 import torch
 from finetune_adapter import PARTS, check_adapter, check_patterns, layers_of, train_parts, trained_parts
 from finetune_data import PaddingCollator, Row
+from finetune_loss import learnt_positions, weighted_loss
 from finetune_resume import OWN_STATE, write_settings
 from finetune_settings import (
     OWN_CHECKPOINTS,
@@ -62,13 +65,16 @@ def load_model(model: ModelArguments, run: RunArguments, num_steps: int) -> Any:
     if model.adapter:
         check_adapter(Path(model.adapter), model.method, model.target_modules or [], load_config(model.model))
     settings: dict[str, Any] = {"dtype": model.dtype}
+    if model.attn_implementation:
+        settings["attn_implementation"] = model.attn_implementation
     if model.dtype in QUANTIZED_BITS:
         settings["dtype"] = "bfloat16" if run.bf16 else "float16" if run.fp16 else "float32"
         settings["quantization_config"] = {"quant_method": "chatglm", "bits": QUANTIZED_BITS[model.dtype]}
     if model.method == "ptuning":
         settings |= {"pre_seq_len": model.pre_seq_len, "prefix_projection": model.prefix_projection}
-    with settings_named("model"):
+    with settings_named("model, attn_implementation" if model.attn_implementation else "model"):
         base = AutoModelForCausalLM.from_pretrained(model.model, **settings)
+    base.loss_function = partial(weighted_loss, smoothing=run.label_smoothing_factor)
     if model.method == "ptuning":
         if model.adapter:
             base.load_prefix_encoder(model.adapter)
@@ -203,6 +209,29 @@ class FinetuneTrainer(Trainer):
         with settings_named("dataloader_*"):
             return super().get_train_dataloader()
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of a step, and what all their tokens count together."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not any("loss_weights" in batch for batch in batches):
+            return batches, count
+        count = sum(batch["loss_weights"].sum() for batch in batches).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        # DataParallel gives each of its copies a row.
+        return batches, count.expand(self.args.n_gpu, 1) if self.args.n_gpu > 1 else count
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The library's, which asks the model; scores are computed where they are needed."""
+        # DataParallel would cut the list of positions into pieces, too.
+        if self.args.n_gpu <= 1:
+            # A prompt of PEFT stands in front of the scores.
+            length = (self.arguments.pre_seq_len or 0) if self.arguments.method == "prompt_tuning" else 0
+            inputs = {**inputs, "logits_to_keep": learnt_positions(inputs["labels"]) + length}
+        # Evaluation has the mean of each batch.
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch if model.training else None)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The library's, whose errors name the settings."""
         with settings_named("optim, optim_args"):
@@ -282,9 +311,16 @@ def count_steps(num_rows: int, run: RunArguments) -> int:
 
 
 def make_trainer(
-    model: ModelArguments, run: RunArguments, tokenizer: PreTrainedTokenizerBase, rows: dict[str, list[Row]]
+    model: ModelArguments,
+    run: RunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Mapping[str, Sequence[Row]],
+    by_sample: bool = False,
 ) -> FinetuneTrainer:
     """Load the model, and set the Trainer to rows of `train` and perhaps `eval`.
+
+    Args:
+        by_sample: whether samples count alike in the loss, or tokens do.
 
     Raises:
         ValueError: for settings and a model that do not go together.
@@ -296,13 +332,15 @@ def make_trainer(
     trainer = FinetuneTrainer(
         load_model(model, run, num_steps),
         run,
-        data_collator=PaddingCollator(tokenizer.pad_token_id),
+        data_collator=PaddingCollator(tokenizer.pad_token_id, by_sample),
         train_dataset=rows["train"],
         eval_dataset=rows.get("eval") or None,
         processing_class=tokenizer,
         callbacks=[first_step, AdaLoraCallback()] if model.method == "adalora" else [first_step],
     )
     trainer.arguments, trainer.first_step = model, first_step
+    # The model's loss has it.
+    trainer.label_smoother = None
     if model.method in OWN_CHECKPOINTS and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError(f"method: {model.method} runs in several processes, but not sharded by FSDP or DeepSpeed")
     if PARTS & set(model.target_modules or ()) and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):

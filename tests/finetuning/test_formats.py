@@ -279,7 +279,7 @@ def test_columns_that_nobody_reads_are_named(
     ]
     file = write_lines(tmp_path / "a.jsonl", rows)
     prepare(make_settings(train_file=file, prompt_column="question"))
-    assert said == [
+    assert [line for line in said if line.startswith(file)] == [
         f"{file}: nobody reads id, messages[].weight, source",
         f"{file}: prompt_column: not used by the format messages",
     ]
