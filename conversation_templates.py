@@ -95,16 +95,16 @@ EARLIER_TEMPLATES = (
     "985fe5a6844fe3cc38aeb339f2b5948c8c44c615005f44d2becf4ab2bf5d8367",
     "01f9ed5cfd47afb7974bb8f9ac8ea91b337917972bc62a87d5aeada7775fc105",
 )
-EARLIER_RESPONSE_TEMPLATES = (
-    "5db0c450b55ca0c8af576968bd1cfae193057f55ac62265006ae63f8efd4208a",
-    "e815cbae323e9d75f0901adf7e24c9c2780cd9f0716d7ed437f3b2f410f30867",
-    "85fad4887574a7543c9006de3ebf53337919bc6937617580521ee5e367da192c",
-)
 # and those of the published folders: ChatGLM3-6B from revision 103caa4 on, GLM-4-9B's first revisions and its later ones.
 PUBLISHED_TEMPLATES = (
     "3c0be383fbfffae79183c26a8e4612687a5c7a48f8878d4cef48959272a33196",
     "17508a206ec9562cfc9cac0c43398c99fa85f28dac0ab8b7d09d742c7b09635d",
     "5a7b85cc09484d87cefb8073540ceeb1b74c21a2610a4c62da3a1e23a17273c3",
+)
+# And of the response templates of version 0.1.0, as JSON with sorted keys.
+EARLIER_RESPONSE_TEMPLATES = (
+    "5db0c450b55ca0c8af576968bd1cfae193057f55ac62265006ae63f8efd4208a",
+    "85fad4887574a7543c9006de3ebf53337919bc6937617580521ee5e367da192c",
 )
 
 
