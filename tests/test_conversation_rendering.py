@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from generations import FLOAT_CASES, GENERATION_CASES, GENERATIONS, RECORDED
+from generations import ALL_CASES, GENERATION_CASES, GENERATIONS, RECORDED
 from jinja2.sandbox import SandboxedEnvironment
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -168,15 +168,30 @@ def test_recorded_conversations(
     assert compared >= 8
 
 
-@pytest.mark.parametrize("name", FLOAT_CASES)
+@pytest.mark.floor
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_recorded_chats(case: Callable[[str], Any], case_tokenizer: Callable[[str], Any], name: str) -> None:
     tokenizer = case_tokenizer(name)
-    history: list[Any] = []
-    for turn in case(name).expected["chat"]["chat"]:
-        chat = tokenizer.chat_format.normalize_messages(history)
-        chat.append({"role": "user", "content": turn["query"]})
-        assert render_and_encode(tokenizer, chat, add_generation_prompt=True) == turn["input_ids"]
-        history = turn["history"]
+    for section, turns in case(name).expected["chat"].items():
+        history = turns[0]["history"][:1] if section == "chat_system_observation" else []
+        for number, turn in enumerate(turns):
+            role = turn.get("role", "user")
+            ids = tokenizer.build_chat_input(turn["query"], history, role)["input_ids"][0].tolist()
+            # The published second turn on a reused cache feeds other ids than the whole conversation.
+            assert section == "stream_chat_past" and number or ids == turn["input_ids"]
+            chat = [*tokenizer.chat_format.normalize_messages(history), {"role": role, "content": turn["query"]}]
+            assert render_and_encode(tokenizer, chat, add_generation_prompt=True) == ids
+            history = turn["history"]
+
+
+def test_half_a_character_is_refused(case_tokenizer: Callable[[str], Any]) -> None:
+    for name in GENERATION_CASES:
+        tokenizer = case_tokenizer(name)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
+        )
+        with pytest.raises(ValueError, match="half of a surrogate pair"):
+            tokenizer(text.replace("a", "\ud83d"), add_special_tokens=False)
 
 
 @pytest.mark.parametrize("name", [name for name in GENERATION_CASES if RECORDED[name].has_roles])
@@ -210,6 +225,7 @@ def test_any_jinja_renders_the_same(case_tokenizer: Callable[[str], Any], name: 
                 assert compiled.render(messages=chat) == tokenizer.apply_chat_template(chat, tokenize=False)
 
 
+@pytest.mark.floor
 @pytest.mark.parametrize("name", GENERATION_CASES)
 def test_answers_at_the_end(case_tokenizer: Callable[[str], Any], name: str) -> None:
     """Closed, left open to be continued, and continued by the text that another program puts behind a prompt."""
@@ -265,6 +281,7 @@ def test_nothing_else_is_recognised(
     )
 
 
+@pytest.mark.floor
 @pytest.mark.parametrize("name", GENERATION_CASES)
 def test_every_form_of_a_call(case_tokenizer: Callable[[str], Any], name: str) -> None:
     tokenizer = case_tokenizer(name)
