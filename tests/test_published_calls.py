@@ -339,12 +339,13 @@ def test_quantize_with_published_arguments(version: str, make: ModelMaker) -> No
 
 
 @every_generation_case
-@pytest.mark.parametrize("bits", [8, 4])
-def test_load_in_bits(name: str, bits: int, case_folder: Named, caplog: pytest.LogCaptureFixture) -> None:
-    folder, argument = case_folder(name), f"load_in_{bits}bit"
-    loaded = AutoModel.from_pretrained(folder, trust_remote_code=True, **{argument: True})
-    assert loaded.config.quantization_bit == bits and loaded.quantized
-    assert sum(argument in record.getMessage() for record in caplog.records) == 1
+def test_load_in_bits(name: str, case_folder: Named, caplog: pytest.LogCaptureFixture) -> None:
+    folder = case_folder(name)
+    for bits in (8, 4):
+        argument = f"load_in_{bits}bit"
+        loaded = AutoModel.from_pretrained(folder, trust_remote_code=True, **{argument: True})
+        assert loaded.config.quantization_bit == bits and loaded.quantized
+        assert sum(argument in record.getMessage() for record in caplog.records) == 1
     caplog.clear()
     plain = AutoModel.from_pretrained(
         folder, trust_remote_code=True, load_in_8bit=False, load_in_4bit=False, device="cpu", empty_init=False
