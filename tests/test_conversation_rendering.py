@@ -210,6 +210,25 @@ def test_tools_and_calls(case_tokenizer: Callable[[str], Any], name: str) -> Non
         # With the messages as they come, as other programs have them.
         rendered, _ = render_jinja_template([chat], chat_template=tokenizer.chat_template, **options)
         assert tokenizer.encode(rendered[0], add_special_tokens=False) == ids
+    for offered in ({"f<|user|>": TOOL}, [TOOL, {"type": "python"}, {"type": "cogview"}]):
+        # GLM-4 knows tools by their type; ChatGLM3 does not.
+        if name == "glm4" or isinstance(offered, dict):
+            chat[0] = {"role": "system", "content": "</s>", "tools": offered}
+            ids = tokenizer.apply_chat_template(chat, return_dict=False)
+            assert render_and_encode(tokenizer, chat) == ids
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+def test_tokens_that_users_add(case_folder: Callable[[str], Path], name: str) -> None:
+    """They are read in messages or not, as without the rendering; the trainers' mode changes nothing either."""
+    tokenizer = AutoTokenizer.from_pretrained(case_folder(name), trust_remote_code=True, encode_special_tokens=True)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.add_tokens(["<sign>"], special_tokens=True)
+    chat = [{"role": "user", "content": "a<new>b<sign>c<|user|>"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert render_and_encode(tokenizer, chat, add_generation_prompt=True) == ids
+    assert tokenizer.convert_tokens_to_ids("<new>") in ids
+    assert tokenizer.convert_tokens_to_ids("<sign>") not in ids
 
 
 @pytest.mark.parametrize("name", GENERATION_CASES)
