@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import finetune_report
+import nltk
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -40,8 +41,8 @@ def test_it_learns_and_reports(finished: dict[str, tuple[finetune.Job, str]], me
     assert metrics["config"]["method"] == method
     assert metrics["tokens_per_second"] > 0
     assert metrics["eval"]["eval_loss"] > 0
-    assert metrics["answers"]["after"]["rougeL"] > metrics["answers"]["before"]["rougeL"]
-    assert set(metrics["answers"]["after"]) == {"rouge1", "rouge2", "rougeL", "bleu", "exact"}
+    assert metrics["answers"]["after"]["rouge-l"] > metrics["answers"]["before"]["rouge-l"]
+    assert set(metrics["answers"]["after"]) == {*SCORES, "exact"}
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     table = (folder / "samples.md").read_text(encoding="utf-8").splitlines()
     assert len(table) == 2 + 4
@@ -102,15 +103,34 @@ def test_the_result_answers_the_same_in_a_new_process(
     assert answers == [answer for _, answer in finished.values()]
 
 
-def test_scores_count_chinese_by_characters() -> None:
-    answers = [
-        finetune_report.Answer("", "我爱北京", "我爱南京"),
-        finetune_report.Answer("", "Hello World", "hello world"),
-    ]
+SCORES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4", "bleu-4-characters")
+
+
+def test_scores_are_those_of_the_published_scripts() -> None:
+    """By hand: 我 爱 北京 天安门 against 我 爱 南京 天安门, three of four words, one of three pairs; BLEU as nltk has it."""
+    answers = [finetune_report.Answer("", "我爱北京天安门", "我爱南京天安门")]
     scores = finetune_report.score_answers(answers)
-    assert scores["rouge1"] == 87.5
+    assert (scores["rouge-1"], scores["rouge-2"], scores["rouge-l"]) == (75.0, 33.33, 75.0)
+    words = nltk.translate.bleu_score.SmoothingFunction().method3
+    expected = [["我", "爱", "北京", "天安门"]], ["我", "爱", "南京", "天安门"]
+    bleu = nltk.translate.bleu_score.sentence_bleu(*expected, smoothing_function=words)
+    assert scores["bleu-4"] == pytest.approx(100 * bleu, abs=0.01)
+    # 6/7, 4/6, 2/5 and 1/4 of the runs of characters.
+    assert scores["bleu-4-characters"] == pytest.approx(100 * (6 / 7 * 4 / 6 * 2 / 5 * 1 / 4) ** 0.25, abs=0.01)
     assert scores["exact"] == 0
-    assert finetune_report.score_answers([finetune_report.Answer("", "我爱北京", "我爱北京")])["bleu"] == 100
+    same = finetune_report.score_answers([finetune_report.Answer("", "我爱北京天安门。", "我爱北京天安门。")])
+    assert [same[name] for name in (*SCORES, "exact")] == [100] * 6
+    # Nothing said, and nothing but a full stop.
+    empty = [finetune_report.Answer("", "我爱", text) for text in ("", ".", "\n")]
+    assert finetune_report.score_answers(empty) == dict.fromkeys((*SCORES, "exact"), 0)
+
+
+def test_scores_need_optional_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(finetune_report.logger, "warning", said.append)
+    monkeypatch.setitem(sys.modules, "rouge_chinese", None)
+    assert finetune_report.score_answers([finetune_report.Answer("", "a", "a")]) == {"exact": 100}
+    assert "install jieba, rouge-chinese and nltk" in said[0]
 
 
 # Precision and memory.
