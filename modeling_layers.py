@@ -23,6 +23,7 @@ What is unusual here:
 """
 
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +40,12 @@ from transformers.utils import TransformersKwargs
 from .configuration_chatglm import ChatGLMConfig
 
 
+@cache
+def constant(value: float) -> torch.Tensor:
+    """A number as a float32 tensor on the CPU, where making one costs as much time as computing with it."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
 class ChatGLMRMSNorm(nn.Module):
     """RMSNorm (https://arxiv.org/abs/1910.07467): `weight * x / sqrt(mean(x²) + eps)`, in float32, rounded once."""
 
@@ -48,10 +55,18 @@ class ChatGLMRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.to(hidden_states.dtype)
-        normed = F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
-        # The residual stream may be float32 while the layers compute in half precision.
-        return normed.to(self.weight.dtype)
+        weight = self.weight
+        dtype = weight.dtype
+        # In training `F.rms_norm` keeps less for the gradient.
+        if torch.is_grad_enabled() or hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+            weight = weight.to(hidden_states.dtype)
+            # The residual stream may be float32 while the layers compute in half precision.
+            return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon).to(dtype)
+        # The same in half as many operators as `F.rms_norm` is made of on CPUs (torch 2.13).
+        hidden_states = hidden_states.float()
+        length = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
+        variance = torch.addcmul(constant(self.variance_epsilon), length, length, value=1 / hidden_states.shape[-1])
+        return (hidden_states * variance.rsqrt_()).mul_(weight.float()).to(dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -61,6 +76,9 @@ class ChatGLMLayerNorm(nn.LayerNorm):
     """LayerNorm with bias, in float32, rounded once."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype == self.weight.dtype:
+            # torch computes in float32 and rounds at the end by itself.
+            return super().forward(hidden_states)
         weight, bias = self.weight.float(), self.bias.float()
         normed = F.layer_norm(hidden_states.float(), self.normalized_shape, weight, bias, self.eps)
         return normed.to(self.weight.dtype)
@@ -93,6 +111,12 @@ class ChatGLMMLP(nn.Module):
         return self.dense_4h_to_h(F.silu(gate) * up_states)
 
 
+def count_turned_channels(config: ChatGLMConfig) -> int:
+    """How many channels of a head one position turns."""
+    # CODEPATH: chatglm-6b may turn the whole head by one position; all published checkpoints turn half a head.
+    return config.head_dim if config.rotary_whole_head else config.head_dim // 2
+
+
 class ChatGLMRotaryEmbedding(nn.Module):
     """Cosines and sines of rotary positions (https://arxiv.org/abs/2104.09864)."""
 
@@ -110,8 +134,7 @@ class ChatGLMRotaryEmbedding(nn.Module):
         config: ChatGLMConfig, device: torch.device | None = None, **kwargs
     ) -> tuple[torch.Tensor, float]:
         """Frequencies `base^(-2i / dim)` in float32, shape `[dim / 2]`, and a scaling of 1 for cos and sin."""
-        # CODEPATH: chatglm-6b may turn the whole head by one position; all published checkpoints turn half a head.
-        dim = config.head_dim if config.rotary_whole_head else config.head_dim // 2
+        dim = count_turned_channels(config)
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
         # CODEPATH: chatglm-6b was trained with frequencies that were rounded once.
         if config.rounds_rotary_frequencies:
@@ -133,25 +156,40 @@ class ChatGLMRotaryEmbedding(nn.Module):
         return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
 
 
+def spread_rotary_tables(
+    cos: torch.Tensor, sin: torch.Tensor, head_dim: int, interleaved: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `apply_rotary_pos_emb` multiplies each channel and its partner with, made once for all layers.
+
+    Args:
+        cos, sin: `[batch, 1, seq, positions, frequencies]`; each position turns `2 * frequencies` channels.
+        head_dim: channels of a head; those beyond the turned ones get the factors 1 and 0.
+        interleaved: pairs are (0, 1), (2, 3), ...; otherwise the first half of those channels with the second half.
+
+    Returns:
+        Two tensors `[batch, seq, 1, head_dim]`.
+    """
+    pair_dim = -1 if interleaved else -2
+    own = torch.stack((cos, cos), dim=pair_dim).flatten(-3).transpose(1, 2)
+    partner = torch.stack((-sin, sin), dim=pair_dim).flatten(-3).transpose(1, 2)
+    num_unturned = head_dim - own.shape[-1]
+    if num_unturned == 0:
+        return own, partner
+    return F.pad(own, (0, num_unturned), value=1.0), F.pad(partner, (0, num_unturned))
+
+
 def apply_rotary_pos_emb(
-    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+    states: torch.Tensor, own: torch.Tensor, partner: torch.Tensor, pair_distance: int
 ) -> torch.Tensor:
     """Rotate pairs of channels by the angles of their positions.
 
     Args:
-        states: queries or keys, `[batch, heads, seq, head_dim]`.
-        cos, sin: `[batch, 1, seq, positions, frequencies]`; each position turns `2 * frequencies` channels.
-        interleaved: pairs are (0, 1), (2, 3), ...; otherwise the first half of those channels with the second half.
-
-    Returns:
-        `[batch, heads, seq, head_dim]`; channels beyond those are unchanged.
+        states: queries and keys, `[..., head_dim]`.
+        own, partner: factors from `spread_rotary_tables` that broadcast to the states.
+        pair_distance: how far apart the channels of a pair are.
     """
-    num_positions, num_frequencies = cos.shape[-2:]
-    rotary_dim = 2 * num_positions * num_frequencies
-    pair_dim, shape = (-1, (num_positions, -1, 2)) if interleaved else (-2, (num_positions, 2, -1))
-    first, second = states[..., :rotary_dim].unflatten(-1, shape).unbind(pair_dim)
-    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=pair_dim).flatten(-3)
-    return torch.cat((rotated, states[..., rotary_dim:]), dim=-1)
+    partners = states.unflatten(-1, (-1, 2, pair_distance)).flip(-2).flatten(-3)
+    return torch.addcmul(states * own, partners, partner)
 
 
 def repeat_kv(states: torch.Tensor, num_key_value_groups: int) -> torch.Tensor:
@@ -196,22 +234,31 @@ class ChatGLMAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
         # CODEPATH: chatglm2, chatglm3, glm4 turn neighbours; chatglm-6b turns halves.
-        self.rotary_interleaved = config.rotary_interleaved
-        self.query_size = config.num_attention_heads * self.head_dim
-        self.key_value_size = config.num_key_value_heads * self.head_dim
-        qkv_size = self.query_size + 2 * self.key_value_size
+        self.pair_distance = 1 if config.rotary_interleaved else count_turned_channels(config) // 2
+        # CODEPATH: chatglm2, chatglm3, glm4: all queries, then all keys, then all values; chatglm-6b head by head.
+        self.is_qkv_interleaved = not config.multi_query_attention
+        self.num_query_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        query_size = self.num_query_heads * self.head_dim
+        qkv_size = query_size + 2 * self.num_key_value_heads * self.head_dim
         qkv_bias = config.add_bias_linear or config.add_qkv_bias
         self.query_key_value = nn.Linear(config.hidden_size, qkv_size, bias=qkv_bias)
-        self.dense = nn.Linear(self.query_size, config.hidden_size, bias=config.add_bias_linear)
+        self.dense = nn.Linear(query_size, config.hidden_size, bias=config.add_bias_linear)
 
-    def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`[batch, seq, fused]` -> queries, keys and values, each `[batch, heads, seq, head_dim]`."""
-        # CODEPATH: chatglm2, chatglm3, glm4: all queries, then all keys, then all values.
-        if self.config.multi_query_attention:
-            parts = qkv.split((self.query_size, self.key_value_size, self.key_value_size), dim=-1)
-            return tuple(part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
-        # CODEPATH: chatglm-6b: query, key and value of head 0, then those of head 1, ...
-        return qkv.unflatten(-1, (-1, 3 * self.head_dim)).transpose(1, 2).chunk(3, dim=-1)
+    def make_states(
+        self, qkv: torch.Tensor, own: torch.Tensor, partner: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`[batch, seq, fused]` -> turned queries and keys, and values, each `[batch, seq, heads, head_dim]`."""
+        if self.is_qkv_interleaved:
+            heads = qkv.unflatten(-1, (-1, 3, self.head_dim))
+            # Queries and keys are turned together: on CPUs, one token costs as much time as there are operators.
+            turned = apply_rotary_pos_emb(
+                heads[..., :2, :], own.unsqueeze(2), partner.unsqueeze(2), self.pair_distance
+            )
+            return *turned.unbind(3), heads[..., 2, :]
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        num_turned = self.num_query_heads + self.num_key_value_heads
+        turned = apply_rotary_pos_emb(heads[:, :, :num_turned], own, partner, self.pair_distance)
+        return turned[:, :, : self.num_query_heads], turned[:, :, self.num_query_heads :], heads[:, :, num_turned:]
 
     def forward(
         self,
@@ -222,14 +269,13 @@ class ChatGLMAttention(nn.Module):
         prefix_cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query_states, key_states, value_states = self.split_heads(self.query_key_value(hidden_states))
-        query_states = apply_rotary_pos_emb(query_states, *position_embeddings, self.rotary_interleaved)
-        key_states = apply_rotary_pos_emb(key_states, *position_embeddings, self.rotary_interleaved)
+        states = self.make_states(self.query_key_value(hidden_states), *position_embeddings)
+        query_states, key_states, value_states = [heads.transpose(1, 2) for heads in states]
 
         # Gradient checkpointing, which needs `prefix_cache`, sets `past_key_values` to None.
-        cache = past_key_values if prefix_cache is None else prefix_cache
-        if cache is not None:
-            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
+        held = past_key_values if prefix_cache is None else prefix_cache
+        if held is not None:
+            key_states, value_states = held.update(key_states, value_states, self.layer_idx)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -238,7 +284,7 @@ class ChatGLMAttention(nn.Module):
         is_folded = attention_mask is None and self.should_fold_query_heads(attention_interface, query_states)
         if is_folded:
             module = FOLDED_HEADS
-            query_states = query_states.view(key_states.shape[0], key_states.shape[1], -1, self.head_dim)
+            query_states, key_states, value_states = self.fold_heads(query_states, key_states, value_states)
         attn_output, attn_weights = attention_interface(
             module,
             query_states,
@@ -249,12 +295,18 @@ class ChatGLMAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        if is_folded:
-            attn_output = attn_output.transpose(1, 2).flatten(1, 2).unsqueeze(1)  # [batch, 1, heads, head_dim]
-        return self.dense(attn_output.flatten(2)), attn_weights
+        return self.dense(attn_output.reshape(*hidden_states.shape[:2], -1)), attn_weights
+
+    def fold_heads(self, *states: torch.Tensor) -> list[torch.Tensor]:
+        """`[batch, heads, seq, head_dim]` -> `[batch * kv_heads, 1, groups or seq, head_dim]`.
+
+        One query for each head becomes several queries for each head of keys and values.
+        """
+        num_folded = states[0].shape[0] * self.num_key_value_heads
+        return [part.reshape(num_folded, 1, -1, self.head_dim) for part in states]
 
     def should_fold_query_heads(self, attention_interface: Callable, query_states: torch.Tensor) -> bool:
-        """Whether one query for each head is quicker as `[batch, kv_heads, groups, head_dim]`, without grouped heads.
+        """Whether one query for each head is quicker without grouped heads.
 
         For grouped heads torch's CPU kernel takes ten times as long (2.13).
         """
@@ -283,7 +335,8 @@ class ChatGLMBlock(GradientCheckpointingLayer):
     def add_residual(self, inputs: torch.Tensor, normed: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add a sublayer's output to its input, or to the norm of its input. All `[batch, seq, hidden]`."""
         residual = normed if self.residual_post_layernorm else inputs
-        output = F.dropout(output, p=self.hidden_dropout, training=self.training)
+        if self.training:
+            output = F.dropout(output, p=self.hidden_dropout)
         return torch.add(output, residual, alpha=self.residual_scale)
 
     def forward(
@@ -312,13 +365,20 @@ class ChatGLMEncoder(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
+        self.head_dim, self.rotary_interleaved = config.head_dim, config.rotary_interleaved
         self.layers = nn.ModuleList([ChatGLMBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         # CODEPATH: every published checkpoint has the final norm; models trained without it take the else.
         self.final_layernorm = make_norm(config) if config.post_layer_norm else nn.Identity()
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        tables = spread_rotary_tables(*position_embeddings, self.head_dim, self.rotary_interleaved)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
+            hidden_states = layer(hidden_states, position_embeddings=tables, **kwargs)
         return self.final_layernorm(hidden_states)
 
 
