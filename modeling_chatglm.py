@@ -48,6 +48,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_chatglm import GENERATION_FEATURES, ChatGLMConfig
 from .generation_chatglm import ChatGLMGenerationMixin
+from .modeling_cache import let_cache_grow
 from .modeling_layers import ChatGLMAttention, ChatGLMBlock, ChatGLMEncoder, ChatGLMRotaryEmbedding
 from .modeling_positions import (
     continue_positions,
@@ -280,6 +281,7 @@ class ChatGLMModel(PrefixModelMixin, ChatGLMPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        let_cache_grow(past_key_values)
         seq_len, prefix_length = inputs_embeds.shape[1], self.config.pre_seq_len or 0
         is_first = is_first_step(past_key_values, seq_len) if prefix_length == 0 else lacks_prefix(past_key_values)
         # CODEPATH: chatglm-6b, whose tokenizer returns a mask of its own kind. A mask made for a static cache is not it.

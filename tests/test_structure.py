@@ -43,11 +43,13 @@ ARROWS: dict[str, set[str]] = {
     "modeling_chatglm": {
         "configuration_chatglm",
         "generation_chatglm",
+        "modeling_cache",
         "modeling_layers",
         "modeling_positions",
         "modeling_prefix",
         "quantization",
     },
+    "modeling_cache": set(),
     "modeling_layers": {"configuration_chatglm"},
     "modeling_positions": set(),
     "modeling_prefix": set(),

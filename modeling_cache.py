@@ -1,0 +1,121 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Keys and values that grow in place.
+
+What is unusual here:
+
+- The library's dynamic cache copies all that it holds for every new token. Here each layer's memory has room behind it
+  that new tokens are written to, so a token costs what reading the cache costs and no more.
+- Where something else needs the old tensors unchanged (gradients) or cannot follow (compilation), layers grow as the
+  library's do, which they are.
+"""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+
+# Below this many bytes a copy is quicker than looking for room.
+SMALL = 1 << 16
+# Tokens that find room at least, and their share of those that are there.
+LEAST_ROOM, SHARE_OF_ROOM = 64, 8
+
+
+def is_front_of(held: torch.Tensor, room: torch.Tensor | None) -> bool:
+    """Whether `held` is the front of `room`; it is something else after beams were reordered, for one."""
+    return (
+        room is not None
+        and held.data_ptr() == room.data_ptr()
+        and held.stride() == room.stride()
+        and held.shape[:2] == room.shape[:2]
+        # Outside of inference mode nothing may be written to its tensors.
+        and (torch.is_inference_mode_enabled() or not room.is_inference())
+    )
+
+
+def append(
+    held: torch.Tensor, room: torch.Tensor | None, new: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Put `new` behind `held`, both `[batch, heads, tokens, head_dim]`.
+
+    Args:
+        held: what is there, of any shape if there is nothing yet.
+        room: what an earlier call returned.
+        new: what comes behind it.
+
+    Returns:
+        All of it, and the memory that it is the front of.
+    """
+    num_held = held.shape[-2] if held.numel() > 0 else 0
+    num_tokens = num_held + new.shape[-2]
+    if not is_front_of(held, room) or room is None or room.shape[-2] < num_tokens:
+        num_places = num_tokens + max(num_tokens // SHARE_OF_ROOM, LEAST_ROOM)
+        room = new.new_empty((*new.shape[:2], num_places, new.shape[-1]))
+        if num_held > 0:
+            room[:, :, :num_held].copy_(held)
+    room[:, :, num_held:num_tokens].copy_(new)
+    return room[:, :, :num_tokens], room
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer of a dynamic cache with room behind its keys and values."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key_room: torch.Tensor | None = None
+        self.value_room: torch.Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are without the room."""
+        keys, values = (None if held is None else held.contiguous() for held in (self.keys, self.values))
+        return {**vars(self), "keys": keys, "values": values, "key_room": None, "value_room": None}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        is_plain = type(key_states) is torch.Tensor and key_states.dtype == self.dtype
+        is_fixed = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        is_small = (self.keys.numel() + key_states.numel()) * key_states.element_size() < SMALL
+        if not is_plain or is_fixed or is_small:
+            self.key_room = self.value_room = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.keys, self.key_room = append(self.keys, self.key_room, key_states)
+        self.values, self.value_room = append(self.values, self.value_room, value_states)
+        return self.keys, self.values
+
+
+def let_cache_grow(cache: Cache | None) -> None:
+    """Make the layers of a dynamic cache that hold nothing yet layers with room.
+
+    Args:
+        cache: any cache; those of other kinds, and those that offload their layers, stay what they are.
+    """
+    if torch.compiler.is_compiling() or not isinstance(cache, DynamicCache) or cache.offloading:
+        return
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = GrowingLayer
+    if any(type(layer) is DynamicLayer and not layer.is_initialized for layer in cache.layers):
+        cache.layers = [
+            GrowingLayer() if type(layer) is DynamicLayer and not layer.is_initialized else layer
+            for layer in cache.layers
+        ]
+
+
+__all__ = ["GrowingLayer", "let_cache_grow"]
