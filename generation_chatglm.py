@@ -26,6 +26,7 @@ What is unusual here:
 """
 
 import atexit
+import copy
 import operator
 import queue
 import threading
@@ -57,6 +58,9 @@ from .generation_published import (
     unpack_encoding,
 )
 
+
+# Tokens that a static cache has room for at least.
+LEAST_STATIC_LENGTH = 512
 
 History = list[tuple[str, str]] | list[dict[str, Any]]
 
@@ -183,6 +187,11 @@ def explicit_settings(generation_config: GenerationConfig | None) -> dict[str, A
         raise TypeError(f"`generation_config` must be a GenerationConfig, got {type(generation_config).__name__}.")
     known = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
     return {name: value for name, value in vars(generation_config).items() if name in known and value is not None}
+
+
+def round_cache_length(num_tokens: int) -> int:
+    """The length of a static cache: compiled code is for one length, which turns of a conversation share."""
+    return max(1 << (num_tokens - 1).bit_length(), LEAST_STATIC_LENGTH)
 
 
 def has_soft_prompt(model: nn.Module) -> bool:
@@ -313,7 +322,15 @@ class ChatGLMGenerationMixin(GenerationMixin):
         self, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
         # A private hook (Transformers 5.17 to 5.23), the only place that knows the length of a static cache.
-        max_cache_length += self.config.pre_seq_len or 0
+        prefix_length = self.config.pre_seq_len or 0
+        max_cache_length += prefix_length
+        if "static" in (generation_config.cache_implementation or ""):
+            longest = max(self.config.max_position_embeddings + prefix_length, max_cache_length)
+            max_cache_length = min(round_cache_length(max_cache_length), longest)
+        if generation_config.compile_config is not None:
+            # The library leaves processors out, unless its configuration says this in a private attribute.
+            generation_config.compile_config = copy.copy(generation_config.compile_config)
+            generation_config.compile_config._compile_all_devices = True
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
