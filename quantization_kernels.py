@@ -49,8 +49,10 @@ from .quantization_triton import can_use_triton, triton_dequantize, triton_quant
 # 0.6, 0.62, ... 0.98.
 SCALE_FRACTIONS = (1.0, 7 / 8, *(0.6 + 0.02 * step for step in range(20)))
 
-# Weights that are quantized at a time, in elements. A float32 copy of them takes four times as many bytes.
-ELEMENTS_AT_A_TIME = 2**24
+# Weights that are quantized at a time, in elements. A float32 copy of them takes four times as many bytes, and stays in
+# a processor's cache; a GPU waits for the start of every operator.
+ELEMENTS_AT_A_TIME = 2**20
+ELEMENTS_ON_GPU = 2**24
 
 # Rows of input up to which a CPU's kernels, or torch's operators, are faster than decoding the weight for a matrix
 # product: their time grows with every row. Measured on an AVX-512 processor with the shapes of ChatGLM3-6B.
@@ -61,7 +63,9 @@ CPU_INT4_MAX_ROWS = 40
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     """Int4 codes, int8 `[out, in]` with an even number of columns -> int8 `[out, in / 2]`, even columns high."""
-    return (codes[:, 0::2] << 4) | (codes[:, 1::2] & 15)
+    # The two bytes of an int16 are two codes: many times faster than every second byte on a CPU.
+    pairs = codes.contiguous().view(torch.int16)
+    return ((pairs << 4) & 0xF0).bitwise_or_((pairs >> 8).bitwise_and_(15)).to(torch.int8)
 
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
@@ -80,13 +84,15 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
 
 def largest_scale(groups: torch.Tensor, largest_code: int) -> torch.Tensor:
     """`max|weight| / largest_code`, and 1 for a group of zeros: `[rows, groups, columns]` -> `[rows, groups]`."""
-    largest = groups.abs().amax(-1)
+    largest = torch.maximum(groups.amax(-1), -groups.amin(-1))
     return torch.where(largest == 0, 1.0, largest / largest_code)
 
 
-def round_to_codes(groups: torch.Tensor, scale: torch.Tensor, smallest_code: int, largest_code: int) -> torch.Tensor:
+def round_to_codes(
+    groups: torch.Tensor, scale: torch.Tensor, code_range: tuple[int, int], out: torch.Tensor | None = None
+) -> torch.Tensor:
     """`round(weight / scale)`, halves to even, clamped; `[rows, groups, columns]` in float32."""
-    return (groups / scale[..., None]).round_().clamp_(smallest_code, largest_code)
+    return torch.div(groups, scale[..., None], out=out).round_().clamp_(*code_range)
 
 
 def best_scale(groups: torch.Tensor, largest_code: int) -> torch.Tensor:
@@ -98,7 +104,7 @@ def best_scale(groups: torch.Tensor, largest_code: int) -> torch.Tensor:
     scale, least_error = full_scale, torch.full_like(full_scale, math.inf)
     for fraction in SCALE_FRACTIONS:
         tried = full_scale * fraction
-        codes = round_to_codes(groups, tried, -largest_code - 1, largest_code)
+        codes = round_to_codes(groups, tried, (-largest_code - 1, largest_code))
         error = codes.mul_(tried[..., None]).sub_(groups).square_().sum(-1)
         scale = torch.where(error < least_error, tried, scale)
         least_error = torch.minimum(error, least_error)
@@ -132,23 +138,28 @@ def quantize_weight(
     """
     out_features, in_features = weight.shape
     largest_code = 2 ** (bits - 1) - 1
-    smallest_code = -largest_code - 1 if method == "mse" else -largest_code
+    code_range = (-largest_code - 1 if method == "mse" else -largest_code, largest_code)
     if scale_dtype is None:
         scale_dtype = torch.float32 if weight.dtype == torch.float32 else torch.float16
-    codes = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+    num_elements = ELEMENTS_AT_A_TIME if weight.device.type == "cpu" else ELEMENTS_ON_GPU
+    num_rows = max(1, num_elements // in_features)
+    # Written in place, chunk by chunk: on a CPU, new memory costs more than computing.
+    floats = weight.new_empty((min(num_rows, out_features), in_features), dtype=torch.float32)
+    codes = weight.new_empty((out_features, in_features * bits // 8), dtype=torch.int8)
     scales = []
-    for rows, target in zip(*(t.split(max(1, ELEMENTS_AT_A_TIME // in_features)) for t in (weight, codes))):
-        groups = rows.float().view(len(rows), -1, group_size or in_features)
+    for rows, target in zip(weight.split(num_rows), codes.split(num_rows)):
+        groups = floats[: len(rows)].copy_(rows).view(len(rows), -1, group_size or in_features)
         scale = best_scale(groups, largest_code) if method == "mse" else largest_scale(groups, largest_code)
         # Weights so small that float16 has no scale for them are zeros.
         scale = scale.to(scale_dtype)
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         scales.append(scale)
-        target.copy_(round_to_codes(groups, scale.float(), smallest_code, largest_code).view_as(target))
+        found = round_to_codes(groups, scale.float(), code_range, out=groups).view(len(rows), in_features)
+        target.copy_(pack_int4(found.to(torch.int8)) if bits == 4 else found)
     scale = torch.cat(scales)
     if not scale.isfinite().all():
         raise ValueError(f"The weight has values that are not finite, or too large for scales in {scale_dtype}.")
-    return pack_int4(codes) if bits == 4 else codes, scale if group_size else scale[:, 0].contiguous()
+    return codes, scale if group_size else scale[:, 0].contiguous()
 
 
 def dequantize_weight(
