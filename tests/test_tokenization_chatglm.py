@@ -199,8 +199,12 @@ def test_recorded_strings(real: Callable[..., Any], recorded: Callable[[str], An
         assert tokenizer.decode(case["ids_special"], skip_special_tokens=True) == case["decode_ids"], text
 
 
-def test_recorded_strings_of_the_trainer_mode(real: Callable[..., Any], recorded: Callable[[str], Any]) -> None:
-    tokenizer = real("chatglm3", encode_special_tokens=True)
+@pytest.mark.parametrize("is_set_later", [False, True])
+def test_recorded_strings_of_the_trainer_mode(
+    real: Callable[..., Any], recorded: Callable[[str], Any], is_set_later: bool
+) -> None:
+    tokenizer = real("chatglm3", encode_special_tokens=not is_set_later)
+    tokenizer.encode_special_tokens = True
     for case in recorded("chatglm3")["strings"]:
         text, expected = case["text"], case["encode_special_tokens"]
         assert tokenizer.tokenize(text) == expected["tokens"], text
