@@ -29,6 +29,7 @@ FOLDER = Path(__file__).resolve().parent
 QUICK = {
     "decode": ["--layers=1", "--tokens=4", "--rounds=2"],
     "finetune": ["--layers=1", "--length=16", "--rounds=1"],
+    "finetune_memory": ["--layers=2", "--lengths=1024"],
     "prefill_memory": ["--lengths", "2048", "4096"],
     "quantized": ["--layers=1", "--vocab=8192", "--rows=1", "--prompt=32", "--tokens=8", "--rounds=2"],
     "revisions": ["--layers=1", "--weights", "int4", "--dtypes", "float16", "--batches=1", "--tokens=4", "--loads=1"],

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Fine-tuning: the last layers alone, DoRA, parts of the fused projection, ranks by layer, and prompts of PEFT."""
 
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -230,3 +231,17 @@ def test_settings_that_the_method_does_not_use_are_named(
     read_arguments(make_settings("full", lora_rank=4))
     read_arguments(make_settings("lora", pre_seq_len=None, lora_dropout=0.1))
     assert said == ["target_modules, lora_rank, pre_seq_len: not used by the method full"]
+
+
+def test_attention_is_a_setting(make_settings: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for attention in (None, "eager"):
+        job = prepare(make_settings(attn_implementation=attention))
+        assert job.trainer.model.config._attn_implementation == (attention or "sdpa")
+        batch = job.trainer.data_collator([job.trainer.train_dataset[0]])
+        with torch.no_grad():
+            found.append(job.trainer.compute_loss(job.trainer.model.eval(), batch).item())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    if importlib.util.find_spec("flash_attn") is None:
+        assert finetune.main(make_settings(attn_implementation="flash_attention_2")) == 2
+        assert "error: model, attn_implementation: " in capsys.readouterr().err
