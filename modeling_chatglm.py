@@ -48,6 +48,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_chatglm import GENERATION_FEATURES, ChatGLMConfig
 from .generation_chatglm import ChatGLMGenerationMixin
+from .linear_cpu import ChatGLMLinear
 from .modeling_cache import let_cache_grow
 from .modeling_layers import ChatGLMAttention, ChatGLMBlock, ChatGLMEncoder, ChatGLMRotaryEmbedding
 from .modeling_positions import (
@@ -245,7 +246,7 @@ class ChatGLMModel(PrefixModelMixin, ChatGLMPreTrainedModel):
         self.embedding = nn.ModuleDict({"word_embeddings": nn.Embedding(config.vocab_size, config.hidden_size)})
         self.rotary_pos_emb = ChatGLMRotaryEmbedding(config)
         self.encoder = ChatGLMEncoder(config)
-        self.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.output_layer = ChatGLMLinear(config.hidden_size, config.vocab_size, bias=False)
         self.prefix_encoder = None
         # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
         if config.pre_seq_len is not None:

@@ -38,6 +38,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_chatglm import ChatGLMConfig
+from .linear_cpu import ChatGLMLinear
 
 
 @cache
@@ -100,8 +101,8 @@ class ChatGLMMLP(nn.Module):
         # CODEPATH: chatglm2, chatglm3, glm4 have a gate; chatglm-6b has none.
         self.is_gated = config.is_mlp_gated
         up_size = 2 * config.intermediate_size if self.is_gated else config.intermediate_size
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, up_size, bias=bias)
-        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+        self.dense_h_to_4h = ChatGLMLinear(config.hidden_size, up_size, bias=bias)
+        self.dense_4h_to_h = ChatGLMLinear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         up_states = self.dense_h_to_4h(hidden_states)
@@ -241,8 +242,8 @@ class ChatGLMAttention(nn.Module):
         query_size = self.num_query_heads * self.head_dim
         qkv_size = query_size + 2 * self.num_key_value_heads * self.head_dim
         qkv_bias = config.add_bias_linear or config.add_qkv_bias
-        self.query_key_value = nn.Linear(config.hidden_size, qkv_size, bias=qkv_bias)
-        self.dense = nn.Linear(query_size, config.hidden_size, bias=config.add_bias_linear)
+        self.query_key_value = ChatGLMLinear(config.hidden_size, qkv_size, bias=qkv_bias)
+        self.dense = ChatGLMLinear(query_size, config.hidden_size, bias=config.add_bias_linear)
 
     def make_states(
         self, qkv: torch.Tensor, own: torch.Tensor, partner: torch.Tensor

@@ -42,6 +42,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .linear_cpu import ChatGLMLinear
 from .quantization_kernels import (
     WeightForm,
     dequantize_weight,
@@ -139,7 +140,7 @@ def linears_to_quantize(model: PreTrainedModel, settings: ChatGLMQuantizationCon
         bits[f"{prefix}output_layer"] = settings.output_layer_bits
     for name in bits:
         linear = model.get_submodule(name)
-        if type(linear) is not nn.Linear:
+        if type(linear) is not nn.Linear and not hasattr(linear, "is_float_layer"):
             raise TypeError(
                 f"Only plain linear layers can be quantized, but `{name}` is a {type(linear).__name__}. Quantize before "
                 "adding adapters, or merge them first."
@@ -342,11 +343,10 @@ class ChatGLMQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
         for name, layer in quantized_layers(model).items():
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            # Below an adapter of PEFT, the weight stays frozen.
-            is_adapted = name.endswith(".base_layer")
+            linear = ChatGLMLinear(layer.in_features, layer.out_features, bias=False, device="meta")
             with torch.inference_mode(False):
-                linear.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=not is_adapted)
+                # Below an adapter of PEFT, the weight stays frozen.
+                linear.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=not name.endswith(".base_layer"))
             linear.bias = layer.bias
             replace_layer(model, name, linear.train(layer.training))
         model.config.quantization_bit = 0

@@ -15,35 +15,38 @@
 
 What is unusual here:
 
-- Where llvmlite is installed (numba brings it), kernels are written in LLVM's intermediate code and compiled when they
-  are first needed, in about a tenth of a second, without a compiler or files. They read the published bytes as they
-  are.
-- The kernels round the input to 16-bit fixed point, with one scale for each 128 columns of a row. From there on the
+- The kernels, where there are any, read the published bytes as they are.
+- They round the input to 16-bit fixed point, with one scale for each 128 columns of a row. From there on the
   processor multiplies and adds whole numbers, exactly, until the sums of each 128 columns are scaled in float32.
-- They run in torch's own OpenMP threads, through the OpenMP library that torch has loaded.
 - Without kernels, torch's operators multiply. The one for int8 takes the published codes. The one for int4 wants them
   in an order that depends on the processor; `pack_int4_for_cpu` makes it, and it is never saved.
 - For many rows of input a part of the weight is decoded at a time, into the processor's cache, and multiplied with.
 """
 
-import ctypes
-import os
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers.utils import logging
 
+from .kernels_llvm import (
+    BYTES,
+    FLOAT,
+    FLOATS,
+    HALF_DTYPES,
+    INPUT_ROWS,
+    INT1,
+    INT16,
+    INT32,
+    INTS,
+    WORDS,
+    Kernel,
+    Program,
+    RowsProgram,
+    compile_kernel,
+    multiply_rows,
+)
 
-try:
-    from llvmlite import binding as llvm
-    from llvmlite import ir
-except (ImportError, OSError):  # not installed, or its library does not load
-    llvm = ir = None
-
-logger = logging.get_logger(__name__)
 
 # torch's int4 operator wants codes plus 8, as unsigned numbers. That flips the highest bit of each, here of the four
 # in two bytes.
@@ -56,16 +59,9 @@ DECODED_ROWS = 512
 PROCESSOR_FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
 # Columns of the input that share a scale, as 16-bit numbers in four vectors of 64 bytes.
 BLOCK_COLUMNS = 128
-# Rows of the weight, and at most of the input, that are multiplied at a time. More would not fit into the registers.
-WEIGHT_ROWS = 4
-INPUT_ROWS = 4
-# Rows of the weight that a thread takes at a time.
-TASK_ROWS = 32
 # The largest fixed-point number. The smallest scale is the smallest normal float, whose inverse is still finite.
 LARGEST_FIXED_POINT = 32767
 SMALLEST_SCALE = 2.0**-126
-
-HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,168 +217,44 @@ def multiply_packed_int4(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels: how they are written
+# Kernels
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-if ir is not None:
-    INT1, INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-    FLOAT, HALF, POINTER = ir.FloatType(), ir.HalfType(), ir.PointerType()
-    # One vector register.
-    BYTES, WORDS, INTS, FLOATS = (
-        ir.VectorType(kind, lanes) for kind, lanes in ((INT8, 64), (INT16, 32), (INT32, 16), (FLOAT, 16))
-    )
-
-
-class Program:
-    """A function of LLVM while it is written. Its arguments are 64-bit integers, and so are addresses.
-
-    Nothing here optimizes: LLVM's code generator, which runs afterwards, is enough for straight loops.
-    """
-
-    def __init__(self, num_arguments: int) -> None:
-        self.module = ir.Module()
-        self.function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [INT64] * num_arguments), "run")
-        self.builder = ir.IRBuilder(self.function.append_basic_block())
-
-    def constant(self, value: float, kind: Any = None) -> Any:
-        """A number, the same in every lane if `kind` is a vector. Addresses and indices are the default."""
-        kind = INT64 if kind is None else kind
-        return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
-
-    def undefined(self, kind: Any) -> Any:
-        return ir.Constant(kind, ir.Undefined)
-
-    def call(self, name: str, result: Any, *arguments: Any) -> Any:
-        """An instruction of the processor, or another operation that LLVM gives a name."""
-        kind = ir.FunctionType(result, [argument.type for argument in arguments])
-        function = self.module.globals.get(name) or ir.Function(self.module, kind, name)
-        return self.builder.call(function, arguments)
-
-    def pointer(self, address: Any) -> Any:
-        return self.builder.inttoptr(address, POINTER)
-
-    def load(self, address: Any, kind: Any) -> Any:
-        value = self.builder.load(self.pointer(address), typ=kind)
-        value.align = 1
-        return value
-
-    def load_floats(self, address: Any, dtype: torch.dtype, lanes: int) -> Any:
-        """Numbers of any float dtype, as float32."""
-        builder, floats, ints = self.builder, ir.VectorType(FLOAT, lanes), ir.VectorType(INT32, lanes)
-        if dtype == torch.float32:
-            return self.load(address, floats)
-        if dtype == torch.float16:
-            return builder.fpext(self.load(address, ir.VectorType(HALF, lanes)), floats)
-        # A bfloat16 is the first half of a float32.
-        bits = builder.zext(self.load(address, ir.VectorType(INT16, lanes)), ints)
-        return builder.bitcast(builder.shl(bits, self.constant(16, ints)), floats)
-
-    def load_float(self, address: Any, dtype: torch.dtype) -> Any:
-        return self.builder.extract_element(self.load_floats(address, dtype, 1), self.constant(0))
-
-    def store(self, value: Any, address: Any) -> None:
-        self.builder.store(value, self.pointer(address)).align = 1
-
-    def store_rounded(self, value: Any, address: Any, dtype: torch.dtype) -> None:
-        """Write a float32 as float16 or bfloat16, rounded to the nearest, halves to even."""
-        builder = self.builder
-        if dtype == torch.float16:
-            self.store(builder.fptrunc(value, HALF), address)
-            return
-        bits, half_less_one = builder.bitcast(value, INT32), self.constant(0x7FFF, INT32)
-        is_odd = builder.and_(builder.lshr(bits, self.constant(16, INT32)), self.constant(1, INT32))
-        bits = builder.add(builder.add(bits, half_less_one), is_odd)
-        self.store(builder.trunc(builder.lshr(bits, self.constant(16, INT32)), INT16), address)
-
-    def sum(self, *terms: Any) -> Any:
-        """The sum of addresses, indices and Python numbers; a pair of terms is multiplied first."""
-        total = None
-        for term in terms:
-            if isinstance(term, tuple):
-                factors = [self.constant(factor) if isinstance(factor, int) else factor for factor in term]
-                term = self.builder.mul(*factors)
-            term = self.constant(term) if isinstance(term, int) else term
-            total = term if total is None else self.builder.add(total, term)
-        return total
-
-    def smaller(self, one: Any, other: Any) -> Any:
-        return self.builder.select(self.builder.icmp_signed("<", one, other), one, other)
-
-    def pick(self, vector: Any, lanes: Sequence[int]) -> Any:
-        """A vector of the given lanes of another."""
-        order = ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes))
-        return self.builder.shuffle_vector(vector, self.undefined(vector.type), order)
-
-    def spread(self, value: Any, lanes: int) -> Any:
-        """A vector with the same value in every lane."""
-        one = self.undefined(ir.VectorType(value.type, 1))
-        return self.pick(self.builder.insert_element(one, value, self.constant(0)), [0] * lanes)
-
-    def add_lanes(self, floats: Any) -> Any:
-        while floats.type.count > 1:
-            half = floats.type.count // 2
-            floats = self.builder.fadd(self.pick(floats, range(half)), self.pick(floats, range(half, 2 * half)))
-        return self.builder.extract_element(floats, self.constant(0))
-
-    def add_products(self, sums: Any, words: Any, other_words: Any) -> Any:
-        """Add the products of 32 pairs of 16-bit numbers to 16 sums; becomes one instruction, `vpdpwssd`."""
-        products = self.call("llvm.x86.avx512.pmaddw.d.512", INTS, words, other_words)
-        return self.builder.add(sums, products)
-
-    def loop(
-        self, start: Any, stop: Any, step: int, values: list[Any], body: Callable[[Any, list[Any]], list[Any]]
-    ) -> list[Any]:
-        """`for index in range(start, stop, step): values = body(index, values)`, and the values after it."""
-        builder, before = self.builder, self.builder.block
-        head, inside, after = (self.function.append_basic_block() for _ in range(3))
-        builder.branch(head)
-        builder.position_at_end(head)
-        index, *carried = (builder.phi(value.type) for value in (start, *values))
-        for phi, value in zip((index, *carried), (start, *values)):
-            phi.add_incoming(value, before)
-        builder.cbranch(builder.icmp_signed("<", index, stop), inside, after)
-        builder.position_at_end(inside)
-        changed = body(index, carried)
-        for phi, value in zip((index, *carried), (self.sum(index, step), *changed)):
-            phi.add_incoming(value, builder.block)
-        builder.branch(head)
-        builder.position_at_end(after)
-        return carried
-
-
-def write_rounding(dtype: torch.dtype, bits: int) -> Program:
+class RoundingProgram(Program):
     """A function that rounds blocks of the input to fixed point.
 
     Its arguments are the addresses of `x` (float16 or bfloat16), of its fixed-point numbers and of their scales, and
     the number of blocks. The 128 numbers of a block are ordered as the codes of a weight come out of their bytes.
     """
-    program = Program(4)
-    builder, (x, planes, scales, num_blocks) = program.builder, program.function.args
-    ints, floats = ir.VectorType(INT32, BLOCK_COLUMNS), ir.VectorType(FLOAT, BLOCK_COLUMNS)
-    words = ir.VectorType(INT16, BLOCK_COLUMNS)
-    smallest, not_a_number = program.constant(SMALLEST_SCALE, FLOAT), program.constant(float("nan"), FLOAT)
 
-    def round_block(block: Any, _: list[Any]) -> list[Any]:
-        numbers = program.load_floats(program.sum(x, (block, 2 * BLOCK_COLUMNS)), dtype, BLOCK_COLUMNS)
+    features = PROCESSOR_FEATURES
+
+    def __init__(self, dtype: torch.dtype, bits: int) -> None:
+        super().__init__(4)
+        self.dtype, self.bits = dtype, bits
+        self.loop(self.constant(0), self.function.args[3], 1, [], self.round_block)
+        self.builder.ret_void()
+
+    def round_block(self, block: Any, _: list[Any]) -> list[Any]:
+        builder, (x, planes, scales, _) = self.builder, self.function.args
+        ints, floats = self.vector(INT32, BLOCK_COLUMNS), self.vector(FLOAT, BLOCK_COLUMNS)
+        smallest, not_a_number = self.constant(SMALLEST_SCALE, FLOAT), self.constant(float("nan"), FLOAT)
+        numbers = self.load_floats(self.sum(x, (block, 2 * BLOCK_COLUMNS)), self.dtype, BLOCK_COLUMNS)
         # The bits of positive floats are ordered as the floats are, and those of infinity and NaN are the greatest.
-        positive = builder.and_(builder.bitcast(numbers, ints), program.constant(0x7FFFFFFF, ints))
-        largest = program.call(f"llvm.vector.reduce.umax.v{BLOCK_COLUMNS}i32", INT32, positive)
-        is_finite = builder.icmp_unsigned("<", largest, program.constant(0x7F800000, INT32))
-        scale = builder.fmul(builder.bitcast(largest, FLOAT), program.constant(1 / LARGEST_FIXED_POINT, FLOAT))
+        positive = builder.and_(builder.bitcast(numbers, ints), self.constant(0x7FFFFFFF, ints))
+        largest = self.call(f"llvm.vector.reduce.umax.v{BLOCK_COLUMNS}i32", INT32, positive)
+        is_finite = builder.icmp_unsigned("<", largest, self.constant(0x7F800000, INT32))
+        scale = builder.fmul(builder.bitcast(largest, FLOAT), self.constant(1 / LARGEST_FIXED_POINT, FLOAT))
         scale = builder.select(builder.fcmp_ordered(">", scale, smallest), scale, smallest)
-        factor = program.spread(builder.fdiv(program.constant(1.0, FLOAT), scale), BLOCK_COLUMNS)
+        factor = self.spread(builder.fdiv(self.constant(1.0, FLOAT), scale), BLOCK_COLUMNS)
         numbers = builder.fmul(numbers, factor)
-        numbers = builder.select(program.spread(is_finite, BLOCK_COLUMNS), numbers, program.constant(0.0, floats))
-        rounded = program.call(f"llvm.rint.v{BLOCK_COLUMNS}f32", floats, numbers)
-        fixed = program.pick(builder.trunc(builder.fptosi(rounded, ints), words), plane_columns(bits))
-        program.store(fixed, program.sum(planes, (block, 2 * BLOCK_COLUMNS)))
-        program.store(builder.select(is_finite, scale, not_a_number), program.sum(scales, (block, 4)))
+        numbers = builder.select(self.spread(is_finite, BLOCK_COLUMNS), numbers, self.constant(0.0, floats))
+        rounded = self.call(f"llvm.rint.v{BLOCK_COLUMNS}f32", floats, numbers)
+        words = builder.trunc(builder.fptosi(rounded, ints), self.vector(INT16, BLOCK_COLUMNS))
+        self.store(self.pick(words, plane_columns(self.bits)), self.sum(planes, (block, 2 * BLOCK_COLUMNS)))
+        self.store(builder.select(is_finite, scale, not_a_number), self.sum(scales, (block, 4)))
         return []
-
-    program.loop(program.constant(0), num_blocks, 1, [], round_block)
-    builder.ret_void()
-    return program
 
 
 def plane_columns(bits: int) -> list[int]:
@@ -396,22 +268,10 @@ def plane_columns(bits: int) -> list[int]:
     return [4 * word + column for column in (1, 0, 3, 2) for word in range(32)]
 
 
-# What the threads of a product share. Tensors are given by their addresses.
-PRODUCT_ARGUMENTS = (
-    "next_row", "weight", "row_bytes", "weight_scale", "num_groups", "out_features",
-    "planes", "plane_scales", "num_rows", "num_blocks", "output", "first_mask", "second_mask",
-)  # fmt: skip
+class ProductProgram(RowsProgram):
+    """A function that multiplies quantized weights with an input in fixed point.
 
-
-class ProductArguments(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in PRODUCT_ARGUMENTS]
-
-
-class ProductProgram(Program):
-    """A function that multiplies with a few rows of the weight at a time, until the threads have taken all of them.
-
-    Its argument is the address of `ProductArguments`. What would be a row behind the last one is the last one again,
-    and bytes behind the last column are masked: nothing is read that is not the weight's.
+    Bytes behind the last column are masked: nothing is read that is not the weight's.
 
     Args:
         bits: 8 or 4.
@@ -421,61 +281,31 @@ class ProductProgram(Program):
         input_rows: rows of the input that are multiplied at a time.
     """
 
+    features = PROCESSOR_FEATURES
+    own_arguments = ("weight_scale", "num_groups", "planes", "plane_scales", "num_blocks", "first_mask", "second_mask")
+
     def __init__(
         self, bits: int, group_size: int | None, dtype: torch.dtype, scale_dtype: torch.dtype, input_rows: int
     ) -> None:
-        super().__init__(1)
-        self.bits, self.group_size, self.dtype, self.scale_dtype = bits, group_size, dtype, scale_dtype
-        self.input_rows = input_rows
+        self.bits, self.group_size, self.scale_dtype = bits, group_size, scale_dtype
         self.block_bytes = BLOCK_COLUMNS * bits // 8
-        (address,) = self.function.args
-        self.arguments = {
-            name: self.load(self.sum(address, 8 * place), INT64) for place, name in enumerate(PRODUCT_ARGUMENTS)
-        }
-        builder, out_features = self.builder, self.arguments["out_features"]
-        take, work, done = (self.function.append_basic_block() for _ in range(3))
-        builder.branch(take)
-        builder.position_at_end(take)
-        # `next_row`, the first of the arguments, counts the rows that are taken.
-        row = builder.atomic_rmw("add", self.pointer(address), self.constant(TASK_ROWS), "monotonic")
-        builder.cbranch(builder.icmp_signed("<", row, out_features), work, done)
-        builder.position_at_end(work)
-        self.loop(row, self.smaller(self.sum(row, TASK_ROWS), out_features), WEIGHT_ROWS, [], self.multiply_rows)
-        builder.branch(take)
-        builder.position_at_end(done)
-        builder.ret_void()
+        super().__init__((*self.common_arguments, *self.own_arguments), dtype, input_rows)
 
-    def multiply_rows(self, row: Any, _: list[Any]) -> list[Any]:
-        """Some rows of the weight, with all rows of the input."""
-        last_row = self.sum(self.arguments["out_features"], -1)
-        rows = [self.smaller(self.sum(row, step), last_row) for step in range(WEIGHT_ROWS)]
-
-        def multiply(input_row: Any, _: list[Any]) -> list[Any]:
-            self.multiply_tile(rows, input_row)
-            return []
-
-        return self.loop(self.constant(0), self.arguments["num_rows"], self.input_rows, [], multiply)
-
-    def multiply_tile(self, rows: list[Any], input_row: Any) -> None:
-        """Some rows of the weight, with some rows of the input."""
-        arguments, builder = self.arguments, self.builder
-        last_input_row = self.sum(arguments["num_rows"], -1)
-        input_rows = [self.smaller(self.sum(input_row, step), last_input_row) for step in range(self.input_rows)]
-        sums = [self.constant(0.0, FLOATS)] * (WEIGHT_ROWS * self.input_rows)
-        last_block = self.sum(arguments["num_blocks"], -1)
+    def multiply_tile(self, rows: list[Any], input_rows: list[Any]) -> None:
+        sums = [self.constant(0.0, FLOATS)] * (len(rows) * len(input_rows))
+        last_block = self.sum(self.arguments["num_blocks"], -1)
 
         def add_block(block: Any, sums: list[Any], is_last: bool = False) -> list[Any]:
             return self.add_block(rows, input_rows, block, sums, is_last)
 
         sums = self.loop(self.constant(0), last_block, 1, sums, add_block)
         sums = add_block(last_block, sums, is_last=True)
-        pairs = [(weight_row, input_row) for weight_row in rows for input_row in input_rows]
-        for (weight_row, one), lanes in zip(pairs, sums):
+        pairs = [(row, input_row) for row in rows for input_row in input_rows]
+        for (row, input_row), lanes in zip(pairs, sums):
             total = self.add_lanes(lanes)
             if self.group_size is None:
-                total = builder.fmul(total, self.load_float(self.scale_address(weight_row), self.scale_dtype))
-            place = self.sum((one, arguments["out_features"]), weight_row)
-            self.store_rounded(total, self.sum(arguments["output"], (place, 2)), self.dtype)
+                total = self.builder.fmul(total, self.load_float(self.scale_address(row), self.scale_dtype))
+            self.store_product(total, row, input_row)
 
     def add_block(
         self, rows: list[Any], input_rows: list[Any], block: Any, sums: list[Any], is_last: bool
@@ -501,25 +331,27 @@ class ProductProgram(Program):
                     products = self.add_products(products, code, vector)
                 scale = scale if group_scales is None else builder.fmul(scale, group_scales)
                 total = sums[len(changed)]
-                changed.append(self.call("llvm.fma.v16f32", FLOATS, builder.sitofp(products, FLOATS), scale, total))
+                changed.append(self.multiply_add(builder.sitofp(products, FLOATS), scale, total))
         return changed
+
+    def add_products(self, sums: Any, words: Any, other_words: Any) -> Any:
+        """Add the products of 32 pairs of 16-bit numbers to 16 sums; becomes one instruction, `vpdpwssd`."""
+        products = self.call("llvm.x86.avx512.pmaddw.d.512", INTS, words, other_words)
+        return self.builder.add(sums, products)
 
     def load_codes(self, row: Any, block: Any, is_last: bool) -> list[Any]:
         """The codes of 128 columns as 16-bit numbers, four vectors in the order of `plane_columns`."""
         arguments, builder = self.arguments, self.builder
-        address = self.sum(arguments["weight"], (row, arguments["row_bytes"]), (block, self.block_bytes))
+        address = self.weight_address(row, (block, self.block_bytes))
         codes = []
         for start, mask in zip(range(0, self.block_bytes, 64), ("first_mask", "second_mask")):
             if is_last:
-                is_weight = builder.bitcast(arguments[mask], ir.VectorType(INT1, 64))
+                is_weight = builder.bitcast(arguments[mask], self.vector(INT1, 64))
                 where = (self.pointer(self.sum(address, start)), self.constant(1, INT32), is_weight)
                 loaded = self.call("llvm.masked.load.v64i8.p0", BYTES, *where, self.constant(0, BYTES))
             else:
                 loaded = self.load(self.sum(address, start), BYTES)
-                # The rows of the next step, into the second cache: the processor does not expect them there.
-                ahead = self.pointer(self.sum(address, start, (arguments["row_bytes"], WEIGHT_ROWS)))
-                options = (self.constant(option, INT32) for option in (0, 2, 1))  # to read, second cache, data
-                self.call("llvm.prefetch.p0", ir.VoidType(), ahead, *options)
+                self.prefetch_next(self.sum(address, start))
             words = builder.bitcast(loaded, WORDS)
             # A code is moved to the top and back down again, which repeats its sign. The last is at the top already.
             for unused in range(16 - self.bits, -1, -self.bits):
@@ -537,7 +369,7 @@ class ProductProgram(Program):
         first = self.sum((block, num_groups))
         if is_last:
             last = self.sum(self.arguments["num_groups"], -1)
-            scales = self.undefined(ir.VectorType(FLOAT, num_groups))
+            scales = self.undefined(self.vector(FLOAT, num_groups))
             for group in range(num_groups):
                 address = self.scale_address(row, self.smaller(self.sum(first, group), last))
                 scale = self.load_float(address, self.scale_dtype)
@@ -545,59 +377,6 @@ class ProductProgram(Program):
         else:
             scales = self.load_floats(self.scale_address(row, first), self.scale_dtype, num_groups)
         return self.pick(scales, [8 * lane // group_size for lane in range(FLOATS.count)])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels: how they are run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Kernel:
-    """A program as machine code."""
-
-    def __init__(self, program: Program) -> None:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        target = llvm.Target.from_triple(llvm.get_process_triple())
-        features = llvm.get_host_cpu_features().flatten()
-        machine = target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True)
-        module = llvm.parse_assembly(str(program.module))
-        module.verify()
-        engine = llvm.create_mcjit_compiler(module, machine)
-        engine.finalize_object()
-        self.address = engine.get_function_address("run")
-        self.run = ctypes.CFUNCTYPE(None, *[ctypes.c_uint64] * len(program.function.args))(self.address)
-        # The code is never freed: a thread may still be in it while Python shuts down.
-        engine.detach()
-
-
-@cache
-def load_openmp() -> Callable[..., None] | None:
-    """`GOMP_parallel(function, argument, num_threads, flags)` of the OpenMP library that torch uses, if any."""
-    try:
-        library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
-        parallel = library.GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    parallel.restype = None
-    return parallel
-
-
-@cache
-def compile_kernel(write: Callable[..., Program], *settings: Any) -> Kernel | None:
-    """`write(*settings)` as machine code, or `None` where that cannot be: with a warning if it should have worked."""
-    # llvmlite before 0.45 writes addresses in another syntax.
-    if ir is None or llvm.llvm_version_info < (20,) or load_openmp() is None:
-        return None
-    try:
-        features = llvm.get_host_cpu_features()
-        return Kernel(write(*settings)) if all(features.get(name) for name in PROCESSOR_FEATURES) else None
-    except Exception as error:  # whatever this version of LLVM or this system objects to
-        logger.warning_once(
-            f"Quantized layers use torch's own operators, as kernels for this processor could not be compiled: {error}"
-        )
-        return None
 
 
 def find_kernels(
@@ -615,15 +394,19 @@ def find_kernels(
     if not all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (weight, weight_scale)):
         return None
     input_rows = min(num_rows, INPUT_ROWS)
-    rounding = compile_kernel(write_rounding, dtype, bits)
+    rounding = compile_kernel(RoundingProgram, dtype, bits)
     product = compile_kernel(ProductProgram, bits, group_size, dtype, weight_scale.dtype, input_rows)
     return None if rounding is None or product is None else (rounding, product)
 
 
 def multiply_by_kernels(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, kernels: tuple[Kernel, Kernel]
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    kernels: tuple[Kernel, Kernel],
 ) -> torch.Tensor:
-    """`x @ (code * scale)^T` by what `find_kernels` found, `[rows, in]` -> `[rows, out]`."""
+    """`x @ (code * scale)^T + bias` by what `find_kernels` found, `[rows, in]` -> `[rows, out]`."""
     (num_rows, in_features), (out_features, row_bytes) = x.shape, weight.shape
     num_blocks = -(-in_features // BLOCK_COLUMNS)
     if in_features % BLOCK_COLUMNS != 0:
@@ -636,40 +419,10 @@ def multiply_by_kernels(
     rounding.run(x.data_ptr(), planes.data_ptr(), plane_scales.data_ptr(), num_rows * num_blocks)
     # One bit for each byte of the last block.
     mask = (1 << (row_bytes - (num_blocks - 1) * BLOCK_COLUMNS * row_bytes // in_features)) - 1
-    arguments = ProductArguments(
-        weight=weight.data_ptr(),
-        row_bytes=row_bytes,
-        weight_scale=weight_scale.data_ptr(),
-        num_groups=weight_scale.numel() // out_features,
-        out_features=out_features,
-        planes=planes.data_ptr(),
-        plane_scales=plane_scales.data_ptr(),
-        num_rows=num_rows,
-        num_blocks=num_blocks,
-        output=output.data_ptr(),
-        first_mask=mask & (2**64 - 1),
-        second_mask=mask >> 64,
-    )
-    run_in_threads(product, ctypes.addressof(arguments), min(torch.get_num_threads(), -(-out_features // TASK_ROWS)))
+    scales = (weight_scale.data_ptr(), weight_scale.numel() // out_features)
+    blocks = (planes.data_ptr(), plane_scales.data_ptr(), num_blocks)
+    multiply_rows(product, num_rows, weight, bias, output, *scales, *blocks, mask & (2**64 - 1), mask >> 64)
     return output
-
-
-# The process whose OpenMP threads the kernels have used.
-openmp_process: int | None = None
-
-
-def run_in_threads(kernel: Kernel, argument: int, num_threads: int) -> None:
-    """Run a kernel in several of torch's threads at once, or in this one alone.
-
-    A forked process inherits the note that those threads exist, but not the threads, and would wait for them forever.
-    """
-    global openmp_process
-    parallel = load_openmp()
-    if parallel is None or num_threads == 1 or openmp_process not in (None, os.getpid()):
-        kernel.run(argument)
-        return
-    openmp_process = os.getpid()
-    parallel(kernel.address, argument, num_threads, 0)
 
 
 __all__ = [

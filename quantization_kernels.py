@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
+from .kernels_llvm import can_add_bias, own_name
 from .quantization_cpu import (
     can_pack_int4,
     find_kernels,
@@ -296,21 +297,17 @@ def derive_weight(weight: torch.Tensor, weight_scale: torch.Tensor, in_features:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def multiply_on_cpu(
+def multiply_by_torch(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     packed: torch.Tensor | None,
     packed_scales: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`x @ (code * scale)^T` on a CPU, `[rows, in]` -> `[rows, out]`; float32 is never rounded."""
+    """`x @ (code * scale)^T` by torch's operators on a CPU, `[rows, in]` -> `[rows, out]`; float32 is never rounded."""
     num_rows, in_features = x.shape
     if x.dtype not in (torch.float16, torch.bfloat16) or num_rows == 0:
         return multiply_many_rows(x, weight, weight_scale)
-    if packed is None and num_rows <= CPU_KERNEL_MAX_ROWS:
-        kernels = find_kernels(x.dtype, weight, weight_scale, in_features, num_rows)
-        if kernels is not None:
-            return multiply_by_kernels(x, weight, weight_scale, kernels)
     # CPUs multiply bfloat16 many times faster than float16.
     compute = x.bfloat16().contiguous()
     is_int8 = weight.shape[1] == in_features and weight_scale.ndim == 1 and weight.is_contiguous()
@@ -335,7 +332,12 @@ def multiply(
     if can_use_triton(x):
         return triton_quantized_linear(x, weight, weight_scale, bias)
     if x.device.type == "cpu":
-        product = multiply_on_cpu(x, weight, weight_scale, packed, packed_scales)
+        if packed is None and 0 < len(x) <= CPU_KERNEL_MAX_ROWS:
+            kernels = find_kernels(x.dtype, weight, weight_scale, x.shape[1], len(x))
+            own_bias = None if bias is None else bias.to(x.dtype)
+            if kernels is not None and can_add_bias(own_bias, x, weight):
+                return multiply_by_kernels(x, weight, weight_scale, own_bias, kernels)
+        product = multiply_by_torch(x, weight, weight_scale, packed, packed_scales)
         return product if bias is None else product.add_(bias.to(product.dtype))
     decoded = dequantize_weight(weight, weight_scale, x.shape[-1], x.dtype)
     return F.linear(x, decoded, None if bias is None else bias.to(x.dtype))
@@ -344,18 +346,6 @@ def multiply(
 # ---------------------------------------------------------------------------------------------------------------------
 # The operator
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def own_name(name: str) -> str:
-    """`chatglm::name`, or with a number behind it if another checkpoint's copy of this file has taken that.
-
-    Registering a name twice would free the operator that models loaded before still call (torch 2.6 to 2.13).
-    """
-    numbered, copies = name, 1
-    while hasattr(torch.ops.chatglm, numbered):
-        copies += 1
-        numbered = f"{name}_{copies}"
-    return f"chatglm::{numbered}"
 
 
 multiply_operator = torch.library.custom_op(own_name("quantized_linear"), multiply, mutates_args=())
@@ -438,7 +428,8 @@ def quantized_linear(
     # Without gradients the operator would add nothing but the time of its dispatch, a tenth of a millisecond. Tensors
     # of other classes, such as those that torch traces with, have no memory that a kernel could read.
     is_plain = type(x) in (torch.Tensor, torch.nn.Parameter)
-    needs_operator = torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_plain
+    needs_operator = torch.is_grad_enabled() or is_traced
     run = multiply_operator if needs_operator else multiply
     product = run(x.reshape(-1, x.shape[-1]), weight, weight_scale, bias, packed, packed_scales)
     return product.view(*x.shape[:-1], weight_scale.shape[0])

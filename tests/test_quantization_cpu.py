@@ -52,10 +52,15 @@ def kernels(source: Callable[[str], ModuleType]) -> ModuleType:
     return source("quantization_kernels")
 
 
+@pytest.fixture(scope="module")
+def llvm_kernels(source: Callable[[str], ModuleType]) -> ModuleType:
+    return source("kernels_llvm")
+
+
 @pytest.fixture
 def needs_kernels(cpu: ModuleType) -> None:
     """For the rest of a test; other processors take the ways of torch everywhere."""
-    if cpu.compile_kernel(cpu.write_rounding, torch.bfloat16, 8) is None:
+    if cpu.compile_kernel(cpu.RoundingProgram, torch.bfloat16, 8) is None:
         pytest.skip("needs a processor that the kernels are for, and llvmlite")
 
 
@@ -105,7 +110,7 @@ def test_products_equal_the_twin(
     for num_rows in (1, 2, 3, 4, 5, 7, 64):
         x = torch.randn(num_rows, in_features).to(dtype)
         found = cpu.find_kernels(dtype, weight, scale, in_features, num_rows)
-        product = cpu.multiply_by_kernels(x, weight, scale, found)
+        product = cpu.multiply_by_kernels(x, weight, scale, None, found)
         assert product.dtype == dtype
         assert_rounded(product, kernels.multiply_in_fixed_point(x, weight, scale))
 
@@ -125,7 +130,7 @@ def test_inputs_are_rounded_as_by_the_twin(
     x[0], x[1, :128] = 0, 1e-39
     x = x.to(dtype)
     planes, scales = torch.empty(x.shape, dtype=torch.int16), torch.empty(len(x), 2)
-    kernel = cpu.compile_kernel(cpu.write_rounding, dtype, bits)
+    kernel = cpu.compile_kernel(cpu.RoundingProgram, dtype, bits)
     kernel.run(x.data_ptr(), planes.data_ptr(), scales.data_ptr(), 2 * len(x))
     numbers, expected_scales = kernels.round_to_fixed_point(x)
     torch.testing.assert_close(scales, expected_scales[..., 0], rtol=0, atol=0, equal_nan=True)
@@ -232,11 +237,11 @@ def test_a_forked_process_waits_for_no_thread(cpu: ModuleType, kernels: ModuleTy
     weight, scale = random_weight(8, 100, 160, None)
     x = torch.randn(2, 160).bfloat16()
     found = cpu.find_kernels(x.dtype, weight, scale, 160, 2)
-    expected = cpu.multiply_by_kernels(x, weight, scale, found)
+    expected = cpu.multiply_by_kernels(x, weight, scale, None, found)
     process = os.fork()
     if process == 0:
         signal.alarm(20)
-        product = cpu.multiply_by_kernels(x, weight, scale, found)
+        product = cpu.multiply_by_kernels(x, weight, scale, None, found)
         os._exit(0 if product.tolist() == expected.tolist() else 1)
     assert os.waitpid(process, 0)[1] == 0
 
@@ -277,20 +282,25 @@ def test_what_the_kernels_do_not_take(cpu: ModuleType, kernels: ModuleType) -> N
 @pytest.mark.usefixtures("needs_kernels")
 @pytest.mark.parametrize("fault", ["no llvmlite", "old llvmlite", "another processor", "no OpenMP", "compiling fails"])
 def test_without_kernels_weights_are_packed(
-    fault: str, cpu: ModuleType, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fault: str,
+    cpu: ModuleType,
+    llvm_kernels: ModuleType,
+    kernels: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     if fault == "no llvmlite":
-        monkeypatch.setattr(cpu, "ir", None)
+        monkeypatch.setattr(llvm_kernels, "ir", None)
     elif fault == "old llvmlite":
-        monkeypatch.setattr(cpu.llvm, "llvm_version_info", (15, 0, 7))
+        monkeypatch.setattr(llvm_kernels.llvm, "llvm_version_info", (15, 0, 7))
     elif fault == "another processor":
-        monkeypatch.setattr(cpu.llvm, "get_host_cpu_features", dict)
+        monkeypatch.setattr(llvm_kernels, "processor_features", dict)
     elif fault == "no OpenMP":
-        monkeypatch.setattr(cpu, "load_openmp", lambda: None)
+        monkeypatch.setattr(llvm_kernels, "load_openmp", lambda: None)
     else:
-        monkeypatch.setattr(cpu.llvm, "parse_assembly", lambda text: 1 / 0)
-    cpu.logger.warning_once.cache_clear()
-    monkeypatch.setattr(cpu.logger, "propagate", True)
+        monkeypatch.setattr(llvm_kernels.llvm, "parse_assembly", lambda text: 1 / 0)
+    llvm_kernels.logger.warning_once.cache_clear()
+    monkeypatch.setattr(llvm_kernels.logger, "propagate", True)
     monkeypatch.setattr(cpu, "compile_kernel", functools.cache(cpu.compile_kernel.__wrapped__))
     weight, scale = random_weight(4, 70, 64, 32)
     packed = kernels.pack_weight(weight, scale, 64)

@@ -1,0 +1,418 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How a kernel for this processor is written, compiled, and run in torch's threads.
+
+What is unusual here:
+
+- Where llvmlite is installed (numba brings it), kernels are written in LLVM's intermediate code and compiled when they
+  are first needed, in about a tenth of a second, without a compiler or files.
+- They run in torch's own OpenMP threads, through the OpenMP library that torch has loaded.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+
+try:
+    from llvmlite import binding as llvm
+    from llvmlite import ir
+except (ImportError, OSError):  # not installed, or its library does not load
+    llvm = ir = None
+
+logger = logging.get_logger(__name__)
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+# Rows of the weight, and at most of the input, that are multiplied at a time. More would not fit into the registers.
+WEIGHT_ROWS = 4
+INPUT_ROWS = 4
+# Rows of the weight that a thread takes at a time.
+TASK_ROWS = 32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How it is written
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+if ir is not None:
+    INT1, INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+    FLOAT, HALF, POINTER = ir.FloatType(), ir.HalfType(), ir.PointerType()
+
+    class BFloatType(ir.Type):
+        """bfloat16, which llvmlite has no type for (0.45 to 0.50)."""
+
+        def _to_string(self) -> str:
+            return "bfloat"
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, BFloatType)
+
+        def __hash__(self) -> int:
+            return hash(BFloatType)
+
+    # One vector register.
+    BYTES, WORDS, INTS, FLOATS = (
+        ir.VectorType(kind, lanes) for kind, lanes in ((INT8, 64), (INT16, 32), (INT32, 16), (FLOAT, 16))
+    )
+    BFLOATS = ir.VectorType(BFloatType(), 32)
+else:
+    INT1 = INT8 = INT16 = INT32 = INT64 = FLOAT = HALF = POINTER = BYTES = WORDS = INTS = FLOATS = BFLOATS = None
+
+
+class Program:
+    """A function of LLVM while it is written. Its arguments are 64-bit integers, and so are addresses.
+
+    Nothing here optimizes: LLVM's code generator, which runs afterwards, is enough for straight loops.
+    """
+
+    # What it needs of the processor, by LLVM's names.
+    features: tuple[str, ...] = ()
+
+    def __init__(self, num_arguments: int) -> None:
+        self.module = ir.Module()
+        self.function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [INT64] * num_arguments), "run")
+        self.builder = ir.IRBuilder(self.function.append_basic_block())
+
+    def constant(self, value: float, kind: Any = None) -> Any:
+        """A number, the same in every lane if `kind` is a vector. Addresses and indices are the default."""
+        kind = INT64 if kind is None else kind
+        return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
+
+    def vector(self, kind: Any, lanes: int) -> Any:
+        return ir.VectorType(kind, lanes)
+
+    def undefined(self, kind: Any) -> Any:
+        return ir.Constant(kind, ir.Undefined)
+
+    def call(self, name: str, result: Any, *arguments: Any) -> Any:
+        """An instruction of the processor, or another operation that LLVM gives a name."""
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = self.module.globals.get(name) or ir.Function(self.module, kind, name)
+        return self.builder.call(function, arguments)
+
+    def pointer(self, address: Any) -> Any:
+        return self.builder.inttoptr(address, POINTER)
+
+    def load(self, address: Any, kind: Any) -> Any:
+        value = self.builder.load(self.pointer(address), typ=kind)
+        value.align = 1
+        return value
+
+    def load_floats(self, address: Any, dtype: torch.dtype, lanes: int) -> Any:
+        """Numbers of any float dtype, as float32."""
+        builder, floats, ints = self.builder, ir.VectorType(FLOAT, lanes), ir.VectorType(INT32, lanes)
+        if dtype == torch.float32:
+            return self.load(address, floats)
+        if dtype == torch.float16:
+            return builder.fpext(self.load(address, ir.VectorType(HALF, lanes)), floats)
+        # A bfloat16 is the first half of a float32.
+        bits = builder.zext(self.load(address, ir.VectorType(INT16, lanes)), ints)
+        return builder.bitcast(builder.shl(bits, self.constant(16, ints)), floats)
+
+    def load_float(self, address: Any, dtype: torch.dtype) -> Any:
+        return self.builder.extract_element(self.load_floats(address, dtype, 1), self.constant(0))
+
+    def store(self, value: Any, address: Any) -> None:
+        self.builder.store(value, self.pointer(address)).align = 1
+
+    def store_rounded(self, value: Any, address: Any, dtype: torch.dtype) -> None:
+        """Write a float32 as float16 or bfloat16, rounded to the nearest, halves to even."""
+        builder = self.builder
+        if dtype == torch.float16:
+            self.store(builder.fptrunc(value, HALF), address)
+            return
+        bits, half_less_one = builder.bitcast(value, INT32), self.constant(0x7FFF, INT32)
+        is_odd = builder.and_(builder.lshr(bits, self.constant(16, INT32)), self.constant(1, INT32))
+        bits = builder.add(builder.add(bits, half_less_one), is_odd)
+        self.store(builder.trunc(builder.lshr(bits, self.constant(16, INT32)), INT16), address)
+
+    def sum(self, *terms: Any) -> Any:
+        """The sum of addresses, indices and Python numbers; a pair of terms is multiplied first."""
+        total = None
+        for term in terms:
+            if isinstance(term, tuple):
+                factors = [self.constant(factor) if isinstance(factor, int) else factor for factor in term]
+                term = self.builder.mul(*factors)
+            term = self.constant(term) if isinstance(term, int) else term
+            total = term if total is None else self.builder.add(total, term)
+        return total
+
+    def smaller(self, one: Any, other: Any) -> Any:
+        return self.builder.select(self.builder.icmp_signed("<", one, other), one, other)
+
+    def pick(self, vector: Any, lanes: Sequence[int]) -> Any:
+        """A vector of the given lanes of another."""
+        order = ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes))
+        return self.builder.shuffle_vector(vector, self.undefined(vector.type), order)
+
+    def spread(self, value: Any, lanes: int) -> Any:
+        """A vector with the same value in every lane."""
+        one = self.undefined(ir.VectorType(value.type, 1))
+        return self.pick(self.builder.insert_element(one, value, self.constant(0)), [0] * lanes)
+
+    def add_lanes(self, floats: Any) -> Any:
+        while floats.type.count > 1:
+            half = floats.type.count // 2
+            floats = self.builder.fadd(self.pick(floats, range(half)), self.pick(floats, range(half, 2 * half)))
+        return self.builder.extract_element(floats, self.constant(0))
+
+    def prefetch(self, address: Any) -> None:
+        """Ask for 64 bytes that are read soon, into the second cache."""
+        options = (self.constant(option, INT32) for option in (0, 2, 1))  # to read, second cache, data
+        self.call("llvm.prefetch.p0", ir.VoidType(), self.pointer(address), *options)
+
+    def multiply_add(self, one: Any, other: Any, total: Any) -> Any:
+        """`one * other + total` of floats, rounded once."""
+        return self.call(f"llvm.fma.v{total.type.count}f32", total.type, one, other, total)
+
+    def loop(
+        self, start: Any, stop: Any, step: int, values: list[Any], body: Callable[[Any, list[Any]], list[Any]]
+    ) -> list[Any]:
+        """`for index in range(start, stop, step): values = body(index, values)`, and the values after it."""
+        builder, before = self.builder, self.builder.block
+        head, inside, after = (self.function.append_basic_block() for _ in range(3))
+        builder.branch(head)
+        builder.position_at_end(head)
+        index, *carried = (builder.phi(value.type) for value in (start, *values))
+        for phi, value in zip((index, *carried), (start, *values)):
+            phi.add_incoming(value, before)
+        builder.cbranch(builder.icmp_signed("<", index, stop), inside, after)
+        builder.position_at_end(inside)
+        changed = body(index, carried)
+        for phi, value in zip((index, *carried), (self.sum(index, step), *changed)):
+            phi.add_incoming(value, builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+        return carried
+
+
+class RowsProgram(Program):
+    """A function that multiplies with a few rows of a weight at a time, until the threads have taken all of them.
+
+    Its argument is the address of 64-bit integers, which the threads share; tensors are given by their addresses. What
+    would be a row behind the last one is the last one again: nothing is read that is not the weight's.
+
+    Args:
+        arguments: names of those integers; the first are those of `common_arguments`.
+        dtype: of the bias and of the output, float16 or bfloat16.
+        input_rows: rows of the input that are multiplied at a time.
+    """
+
+    # `next_row` counts the rows that are taken. Two rows of a bias are `bias_step` bytes apart: none, without a bias.
+    common_arguments = ("next_row", "out_features", "num_rows", "output", "bias", "bias_step", "weight", "row_bytes")
+
+    def __init__(self, arguments: tuple[str, ...], dtype: torch.dtype, input_rows: int) -> None:
+        super().__init__(1)
+        self.dtype, self.input_rows = dtype, input_rows
+        (address,) = self.function.args
+        self.arguments = {name: self.load(self.sum(address, 8 * place), INT64) for place, name in enumerate(arguments)}
+        builder, out_features = self.builder, self.arguments["out_features"]
+        take, work, done = (self.function.append_basic_block() for _ in range(3))
+        builder.branch(take)
+        builder.position_at_end(take)
+        row = builder.atomic_rmw("add", self.pointer(address), self.constant(TASK_ROWS), "monotonic")
+        builder.cbranch(builder.icmp_signed("<", row, out_features), work, done)
+        builder.position_at_end(work)
+        self.loop(row, self.smaller(self.sum(row, TASK_ROWS), out_features), WEIGHT_ROWS, [], self.multiply_rows)
+        builder.branch(take)
+        builder.position_at_end(done)
+        builder.ret_void()
+
+    def multiply_rows(self, row: Any, _: list[Any]) -> list[Any]:
+        """Some rows of the weight, with all rows of the input."""
+        last_row = self.sum(self.arguments["out_features"], -1)
+        rows = [self.smaller(self.sum(row, step), last_row) for step in range(WEIGHT_ROWS)]
+
+        def multiply(input_row: Any, _: list[Any]) -> list[Any]:
+            last_input_row = self.sum(self.arguments["num_rows"], -1)
+            steps = range(self.input_rows)
+            self.multiply_tile(rows, [self.smaller(self.sum(input_row, step), last_input_row) for step in steps])
+            return []
+
+        return self.loop(self.constant(0), self.arguments["num_rows"], self.input_rows, [], multiply)
+
+    def multiply_tile(self, rows: list[Any], input_rows: list[Any]) -> None:
+        """Write the products of some rows of the weight and some rows of the input."""
+        raise NotImplementedError
+
+    def weight_address(self, row: Any, *offset: Any) -> Any:
+        return self.sum(self.arguments["weight"], (row, self.arguments["row_bytes"]), *offset)
+
+    def prefetch_next(self, address: Any) -> None:
+        """Ask for the same columns of the rows of the next step: the processor does not expect them."""
+        self.prefetch(self.sum(address, (self.arguments["row_bytes"], WEIGHT_ROWS)))
+
+    def store_product(self, product: Any, row: Any, input_row: Any) -> None:
+        """Write the product of a row of the weight and a row of the input, a float32, plus the bias."""
+        bias = self.sum(self.arguments["bias"], (row, self.arguments["bias_step"]))
+        place = self.sum((input_row, self.arguments["out_features"]), row)
+        total = self.builder.fadd(product, self.load_float(bias, self.dtype))
+        self.store_rounded(total, self.sum(self.arguments["output"], (place, 2)), self.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How it is run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Kernel:
+    """A program as machine code."""
+
+    def __init__(self, program: Program) -> None:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        target = llvm.Target.from_triple(llvm.get_process_triple())
+        features = processor_features().flatten()
+        machine = target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True)
+        module = llvm.parse_assembly(str(program.module))
+        module.verify()
+        engine = llvm.create_mcjit_compiler(module, machine)
+        engine.finalize_object()
+        self.address = engine.get_function_address("run")
+        self.run = ctypes.CFUNCTYPE(None, *[ctypes.c_uint64] * len(program.function.args))(self.address)
+        # The code is never freed: a thread may still be in it while Python shuts down.
+        engine.detach()
+
+
+@cache
+def load_openmp() -> Callable[..., None] | None:
+    """`GOMP_parallel(function, argument, num_threads, flags)` of the OpenMP library that torch uses, if any."""
+    try:
+        library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
+        parallel = library.GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return parallel
+
+
+@cache
+def compile_kernel(write: type[Program], *settings: Any) -> Kernel | None:
+    """`write(*settings)` as machine code, or `None` where that cannot be: with a warning if it should have worked."""
+    try:
+        return Kernel(write(*settings)) if has_kernels(write) else None
+    except Exception as error:  # whatever this version of LLVM or this system objects to
+        logger.warning_once(
+            f"Linear layers use torch's own operators, as kernels for this processor could not be compiled: {error}"
+        )
+        return None
+
+
+def has_kernels(write: type[Program]) -> bool:
+    """Whether kernels of this kind should compile and run here."""
+    # llvmlite before 0.45 writes addresses in another syntax.
+    is_known = ir is not None and llvm.llvm_version_info >= (20,)
+    return is_known and load_openmp() is not None and processor_has(*write.features)
+
+
+@cache
+def processor_features() -> Any:
+    """What this processor has, by LLVM's names: a dictionary of booleans."""
+    return llvm.get_host_cpu_features()
+
+
+def processor_has(*features: str) -> bool:
+    return all(processor_features().get(name) for name in features)
+
+
+# The process whose OpenMP threads the kernels have used.
+openmp_process: int | None = None
+# The bias of layers that have none.
+NO_BIAS = ctypes.c_uint64(0)
+NO_BIAS_ADDRESS = ctypes.addressof(NO_BIAS)
+
+
+def can_add_bias(bias: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a bias, if there is one, fits a weight and has the dtype and the device of the input."""
+    return bias is None or (
+        bias.dtype == x.dtype and bias.is_cpu and bias.shape == weight.shape[:1] and bias.is_contiguous()
+    )
+
+
+def multiply_rows(
+    kernel: Kernel,
+    num_rows: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    *arguments: int,
+) -> None:
+    """Run a [`RowsProgram`] in several of torch's threads at once, or in this one alone.
+
+    A forked process inherits the note that those threads exist, but not the threads, and would wait for them forever.
+
+    Args:
+        num_rows: rows of the input.
+        weight: `[out, ...]`.
+        bias: `[out]`, of the output's dtype.
+        output: `[rows, out]`.
+        arguments: what follows the common arguments.
+    """
+    global openmp_process
+    out_features, row_bytes = weight.shape[0], weight.nbytes // weight.shape[0]
+    bias_address, bias_step = (NO_BIAS_ADDRESS, 0) if bias is None else (bias.data_ptr(), 2)
+    common = (0, out_features, num_rows, output.data_ptr(), bias_address, bias_step, weight.data_ptr(), row_bytes)
+    shared = (ctypes.c_uint64 * (8 + len(arguments)))(*common, *arguments)
+    num_threads = min(torch.get_num_threads(), -(-out_features // TASK_ROWS))
+    parallel = load_openmp()
+    if parallel is None or num_threads == 1 or openmp_process not in (None, os.getpid()):
+        kernel.run(ctypes.addressof(shared))
+        return
+    openmp_process = os.getpid()
+    parallel(kernel.address, ctypes.addressof(shared), num_threads, 0)
+
+
+def own_name(name: str) -> str:
+    """`chatglm::name`, or with a number behind it if another checkpoint's copy of this file has taken that.
+
+    Registering a name twice would free the operator that models loaded before still call (torch 2.6 to 2.13).
+    """
+    numbered, copies = name, 1
+    while hasattr(torch.ops.chatglm, numbered):
+        copies += 1
+        numbered = f"{name}_{copies}"
+    return f"chatglm::{numbered}"
+
+
+__all__ = [
+    "BFLOATS",
+    "BYTES",
+    "FLOAT",
+    "FLOATS",
+    "HALF_DTYPES",
+    "INPUT_ROWS",
+    "INT1",
+    "INT16",
+    "INT32",
+    "INTS",
+    "WEIGHT_ROWS",
+    "WORDS",
+    "Kernel",
+    "Program",
+    "RowsProgram",
+    "can_add_bias",
+    "compile_kernel",
+    "has_kernels",
+    "multiply_rows",
+    "own_name",
+    "processor_has",
+]
