@@ -407,27 +407,27 @@ def is_quantized_as_asked(
 
 
 def refuse_merging_into_codes() -> None:
-    """Let PEFT refuse to merge adapters into quantized layers, before it changes anything.
-
-    Its private `_check_merge_allowed` (PEFT 0.18 to 0.21) is called first by all models but `PeftMixedModel`.
-    """
+    """Let PEFT refuse to merge adapters into quantized layers, before it changes anything."""
     tuners: Any = sys.modules["peft.tuners.tuners_utils"]
-    check = tuners.BaseTuner._check_merge_allowed
-    if hasattr(check, "knows_quantized_layers"):
-        return
 
-    @wraps(check)
-    def check_merge_allowed(self: Any) -> None:
-        for name, module in self.model.named_modules():
-            if isinstance(module, tuners.BaseTunerLayer) and is_quantized_layer(module.get_base_layer()):
-                raise ValueError(
-                    f"`{name}` adapts a quantized layer, and integers cannot hold what the adapter adds. Call "
-                    "`dequantize()` of the model first, merge then, and `quantize(bits)` the result again."
-                )
-        check(self)
+    def refusing(merge: Any) -> Any:
+        @wraps(merge)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            for name, module in self.model.named_modules():
+                if isinstance(module, tuners.BaseTunerLayer) and is_quantized_layer(module.get_base_layer()):
+                    raise ValueError(
+                        f"`{name}` adapts a quantized layer, and integers cannot hold what the adapter adds. Call "
+                        "`dequantize()` of the model first, merge then, and `quantize(bits)` the result again."
+                    )
+            return merge(self, *args, **kwargs)
 
-    setattr(check_merge_allowed, "knows_quantized_layers", True)
-    tuners.BaseTuner._check_merge_allowed = check_merge_allowed
+        setattr(wrapper, "knows_quantized_layers", True)
+        return wrapper
+
+    for name in ("merge_and_unload", "merge_adapter"):
+        merge = getattr(tuners.BaseTuner, name)
+        if not hasattr(merge, "knows_quantized_layers"):
+            setattr(tuners.BaseTuner, name, refusing(merge))
 
 
 def check_device(device: torch.device | str | None) -> None:
@@ -599,6 +599,12 @@ class ChatGLMQuantizationMixin(PreTrainedModel):
     @peft_config.deleter
     def peft_config(self) -> None:
         del self.__dict__["_peft_config"]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Another process may have added the adapters that come out of a pickle.
+        if "_peft_config" in state:
+            refuse_merging_into_codes()
 
     def half(self, *args: Any) -> "ChatGLMQuantizationMixin":
         # The library refuses this for every quantized model; here it is safe, and the published recipes call it.

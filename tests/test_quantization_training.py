@@ -14,6 +14,7 @@
 """Training on quantized weights: adapters, prefixes, the Trainer, and merging."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from quantized import (
     SETTINGS,
     ModelMaker,
@@ -210,6 +212,28 @@ def test_merging_into_codes_is_refused(config: peft.PeftConfig, settings: dict[s
     merged = model.merge_and_unload()
     assert_near(logits_of(merged), expected, 1e-4)
     assert len(quantized_layers(merged.quantize(**settings))) == 8
+
+
+def test_merging_several_kinds_at_once_is_refused(make: ModelMaker) -> None:
+    """PEFT's model of several kinds of adapters merges in a way of its own."""
+    model = peft.get_peft_model(make().quantize(8), copy.deepcopy(MERGED["lora"]), mixed=True)
+    model.add_adapter("other", peft.LoHaConfig(r=4, target_modules=["dense"]))
+    state = copy.deepcopy(model.state_dict())
+    for merge in (model.merge_and_unload, model.base_model.merge_adapter):
+        with pytest.raises(ValueError, match="adapts a quantized layer"):
+            merge()
+    assert all(tensor.equal(state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_merging_what_came_out_of_a_pickle_is_refused(make: ModelMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = pickle.dumps(adapted(make().quantize(4), MERGED["lora"]))
+    # As in another process, where nothing has put an adapter on one of these models.
+    for name in ("merge_and_unload", "merge_adapter"):
+        monkeypatch.setattr(BaseTuner, name, getattr(BaseTuner, name).__wrapped__)
+    model = pickle.loads(stored)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match="adapts a quantized layer"):
+            merge()
 
 
 def test_merging_what_is_not_on_codes(make: ModelMaker) -> None:

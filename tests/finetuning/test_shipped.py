@@ -11,14 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Fine-tuning: the settings in `examples/configs`, the program that injects knowledge, and another library's trainer."""
+"""Fine-tuning: the settings in `examples/configs`, and another library's trainer."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import inject_knowledge
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -26,9 +25,8 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
-from transformers.utils import logging
 
-from .short_runs import BUNDLED, CONFIGS, METHODS, REPOSITORY, ask, finetune, finetune_data, read_arguments
+from .short_runs import BUNDLED, CONFIGS, METHODS, REPOSITORY, ask, finetune, read_arguments
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -65,20 +63,7 @@ def test_deepspeed_settings_fit_the_trainer(make_settings: Callable[..., list[st
     assert config.get_value("train_micro_batch_size_per_gpu") == 4
 
 
-# Knowledge, and other trainers.
-
-
-def test_one_fact_is_learnt_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    logging.set_verbosity_error()
-    # A third of the dialogues shows as well what is forgotten; none of them is trained on.
-    monkeypatch.setattr(inject_knowledge, "read_samples", lambda *words: finetune_data.read_samples(*words)[::3])
-    question, fact = inject_knowledge.QUESTION, inject_knowledge.FACT
-    before, after, num_rehearsed = inject_knowledge.inject(question, fact, 0, 60, 2e-2)
-    assert before[0].answer != fact
-    assert after[0].answer == fact
-    assert num_rehearsed == 0
-    kept = sum(old.answer == new.answer for old, new in zip(before[1:], after[1:]))
-    assert kept >= 0.98 * len(before[1:])
+# Other trainers.
 
 
 @pytest.mark.slow
