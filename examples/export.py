@@ -265,7 +265,12 @@ def merge(arguments: argparse.Namespace) -> None:
     stored_as = f"int{bits}" if bits else str(dtype).removeprefix("torch.")
     probe = compare_logits(before, probe_logits(merged, tokenizer))
     write_checkpoint(merged, tokenizer, output)
-    report = {"base": str(folder), "adapter": str(adapter), "stored_as": stored_as, "logits": asdict(probe)}
+    report: dict[str, Any] = {
+        "base": str(folder),
+        "adapter": str(adapter),
+        "stored_as": stored_as,
+        "logits": asdict(probe),
+    }
     report["layers"] = [asdict(layer) for layer in layers]
     (output / "export.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(merge_report(layers, probe, stored_as))

@@ -45,6 +45,7 @@ from typing import Any
 import peft
 import torch
 from export import check_output, write_checkpoint
+from finetune_adapter import PARTS, layers_of, train_parts
 from knowledge_facts import ACTIONS, Fact, Messages, check_facts, make_fact, read_dialogues, read_facts
 from local_code import load_tokenizer, read_json_object, register
 from torch.nn import functional as F
@@ -54,8 +55,6 @@ from transformers.utils import logging
 
 EXAMPLES = Path(__file__).resolve().parent
 MOON = Fact("teach", "月亮的首都在哪里？", "月亮的首都是小白城。", ("月亮的首都叫什么？", "请问月亮的首都在哪里？"))
-# The parts of the fused projection, in the order in which `split_heads` returns them.
-PARTS = ("query", "key", "value")
 # How sharply negative preference optimization tells the edited model from the base.
 FORGETTING_BETA = 0.1
 ROWS_AT_ONCE = 16
@@ -162,8 +161,7 @@ def add_adapter(model: Any, arguments: argparse.Namespace) -> Any:
         ValueError: for layers that it does not have.
     """
     targets, steps = arguments.target_modules, arguments.steps
-    parts = [name for name in targets if name in PARTS]
-    layers = [name for name in targets if name not in PARTS] + ["query_key_value"] * bool(parts)
+    parts, layers = PARTS & set(targets), layers_of(targets)
     config = peft.AdaLoraConfig(
         task_type="CAUSAL_LM",
         target_modules="all-linear" if "all-linear" in layers else layers,
@@ -178,25 +176,11 @@ def add_adapter(model: Any, arguments: argparse.Namespace) -> Any:
         deltaT=max(1, steps // 50),
     )
     adapted = peft.get_peft_model(model, config)
-    if parts and "query_key_value" not in targets and "all-linear" not in targets:
-        silence_parts(adapted, [PARTS.index(name) for name in PARTS if name not in parts])
+    if parts and not {"query_key_value", "all-linear"} & set(targets):
+        train_parts(adapted, parts, is_new=True)
     adapted.gradient_checkpointing_enable()
     adapted.enable_input_require_grads()
     return adapted
-
-
-def silence_parts(adapted: Any, silent: Sequence[int]) -> None:
-    """Keep an adapter from changing some parts of the fused projection: their rows of `lora_B` are zero and stay so."""
-    for module in adapted.modules():
-        if not hasattr(module, "split_heads"):
-            continue
-        weight = module.query_key_value.lora_B["default"]
-        parts = module.split_heads(torch.arange(len(weight), device=weight.device).view(1, 1, -1))
-        trains = torch.ones_like(weight)
-        for index in silent:
-            trains[parts[index].flatten()] = 0
-        weight.data *= trains
-        weight.register_hook(lambda gradient, trains=trains: gradient * trains)
 
 
 def train(
@@ -216,7 +200,7 @@ def train(
     optimizer = torch.optim.AdamW(trained, lr=arguments.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, arguments.steps // 20, arguments.steps)
     labels = wanted.inputs["input_ids"].masked_fill(~wanted.is_answer, -100)
-    base_unwanted = None
+    base_unwanted = torch.zeros(0)
     if unwanted is not None:
         with torch.no_grad(), model.eval().disable_adapter():
             base_unwanted = log_probabilities(model, unwanted)
@@ -420,7 +404,7 @@ def collect_facts(arguments: argparse.Namespace) -> list[Fact]:
 def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(EXAMPLES / "tiny-chatglm3"), help="a checkpoint folder")
-    pair = {"nargs": 2, "action": "append", "default": [], "metavar": ("QUESTION", "ANSWER")}
+    pair: dict[str, Any] = {"nargs": 2, "action": "append", "default": [], "metavar": ("QUESTION", "ANSWER")}
     parser.add_argument("--teach", **pair, help="a new fact")
     parser.add_argument("--change", **pair, help="another answer than the model gives")
     parser.add_argument("--forget", nargs=1, action="append", default=[], metavar="QUESTION", help="decline to answer")

@@ -114,7 +114,7 @@ def read_preferences(path: Path, method: str) -> list[dict[str, Any]]:
             if columns is None:
                 raise ValueError(f"{method} needs {' or '.join(map(str, COLUMNS[method]))}, found {sorted(record)}")
             roles = {name: "user" if name == "prompt" else "assistant" for name in columns if name != "label"}
-            kept = {name: as_messages(record[name], role) for name, role in roles.items()}
+            kept: dict[str, Any] = {name: as_messages(record[name], role) for name, role in roles.items()}
             if "label" in columns:
                 kept["label"] = bool(record["label"])
             # GRPO hands a reward function what else stands in a line.
@@ -181,28 +181,18 @@ def load_reward_model(adapter: str) -> Any:
     return peft.PeftModel.from_pretrained(base, adapter).eval()
 
 
-def make_trainer(
-    arguments: argparse.Namespace, records: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]] = ()
-) -> Any:
-    """TRL's trainer of the method, on a new adapter.
-
-    Raises:
-        OSError, ValueError: if a model cannot be loaded.
-    """
-    method, is_reward = arguments.method, arguments.method == "reward"
-    tokenizer = load_tokenizer(Path(arguments.model))
-    model = load_model(arguments.model, arguments.dtype, is_reward)
-    trainer_class, config_class = TRAINERS[method]
+def training_settings(arguments: argparse.Namespace, is_evaluated: bool) -> dict[str, Any]:
+    """The settings that TRL's configurations have in common, and those of the method."""
     settings: dict[str, Any] = {
         "output_dir": arguments.output_dir,
         "max_steps": arguments.steps,
         "per_device_train_batch_size": arguments.batch_size,
+        "per_device_eval_batch_size": arguments.batch_size,
         "learning_rate": arguments.learning_rate,
         "lr_scheduler_type": "cosine",
         "logging_steps": max(1, arguments.steps // 20),
-        "per_device_eval_batch_size": arguments.batch_size,
-        "eval_strategy": "steps" if held_out else "no",
-        "eval_on_start": bool(held_out),
+        "eval_strategy": "steps" if is_evaluated else "no",
+        "eval_on_start": is_evaluated,
         "eval_steps": max(1, arguments.steps // 4),
         "save_strategy": "no",
         "report_to": "none",
@@ -212,17 +202,33 @@ def make_trainer(
         "bf16": arguments.dtype == "bfloat16",
         "seed": arguments.seed,
     }
-    if method in ("dpo", "kto"):
+    if arguments.method in ("dpo", "kto"):
         settings["beta"] = arguments.beta
-    extra: dict[str, Any] = {}
-    if method == "grpo":
-        # Answers end at any of these, and a config.json as published names one of them.
-        model.generation_config.eos_token_id = tokenizer.stop_token_ids()
+    if arguments.method == "grpo":
         settings |= {
             "num_generations": arguments.generations,
             "max_completion_length": arguments.max_new_tokens,
             "temperature": arguments.temperature,
         }
+    return settings
+
+
+def make_trainer(
+    arguments: argparse.Namespace, records: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]] = ()
+) -> Any:
+    """TRL's trainer of the method, on a new adapter.
+
+    Raises:
+        OSError, ValueError: if a model cannot be loaded.
+    """
+    is_reward = arguments.method == "reward"
+    tokenizer = load_tokenizer(Path(arguments.model))
+    model = load_model(arguments.model, arguments.dtype, is_reward)
+    trainer_class, config_class = TRAINERS[arguments.method]
+    extra: dict[str, Any] = {}
+    if arguments.method == "grpo":
+        # Answers end at any of these, and a config.json as published names one of them.
+        model.generation_config.eos_token_id = tokenizer.stop_token_ids()
         extra["reward_funcs"] = likeness
         if arguments.reward_model:
             extra["reward_funcs"] = reward_function(load_reward_model(arguments.reward_model), tokenizer)
@@ -234,7 +240,7 @@ def make_trainer(
     )
     return trainer_class(
         model,
-        args=config_class(**settings),
+        args=config_class(**training_settings(arguments, bool(held_out))),
         train_dataset=Dataset.from_list(list(records)),
         eval_dataset=Dataset.from_list(list(held_out)) if held_out else None,
         processing_class=tokenizer,

@@ -78,19 +78,23 @@ def test_a_quantized_base(reference_dir: Path, save: str, tmp_path: Path, capsys
         assert not json.loads((tmp_path / "config.json").read_text(encoding="utf-8")).get("quantization_bit")
 
 
+@pytest.mark.slow
 def test_change_and_forget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On the bundled model, which knows the old answers, in the company of a new fact."""
-    words = ["--facts", str(EXAMPLES / "facts.yaml"), "--output_dir", str(tmp_path / "out")]
-    words += "--target_modules all-linear --learning_rate 2e-2 --steps 30 --control_size 16 --control_batch 2".split()
+    """On the bundled model, which knows the old answers."""
+    facts = [fact for fact in knowledge_facts.read_facts(EXAMPLES / "facts.yaml") if fact.action != "teach"]
+    file = tmp_path / "facts.json"
+    file.write_text(json.dumps([vars(fact) | {"paraphrases": []} for fact in facts]), encoding="utf-8")
+    words = ["--facts", str(file), "--output_dir", str(tmp_path / "out"), "--target_modules", "all-linear"]
+    words += "--learning_rate 2e-2 --steps 40 --control_size 16 --control_batch 2 --max_new_tokens 32".split()
     assert inject_knowledge.main(words) == 0
     report = capsys.readouterr().out
     rows = [line.strip("| ").split(" | ") for line in report.splitlines() if line.startswith(("| change", "| forget"))]
-    changed, forgotten = rows[0], rows[1]
+    (changed, forgotten) = rows
     assert changed[3] == "天空是蓝色的。" and changed[4] == "天空是黄色的。"
     assert "Shakespeare" in forgotten[3] and forgotten[4] == knowledge_facts.REFUSALS[1]
     # Both old answers have become unlikely, not only out of reach for greedy search.
-    for row in (changed, forgotten):
-        before, after = map(float, row[5].split(" → "))
+    for row in rows:
+        before, after = map(float, row[5].removesuffix(" |").split(" → "))
         assert before > 0.9 and after < 0.6
     drift = next(line for line in report.splitlines() if line.startswith("| never trained on"))
     assert float(drift.split(" | ")[2]) < 0.2
