@@ -91,7 +91,7 @@ def test_change_and_forget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     rows = [line.strip("| ").split(" | ") for line in report.splitlines() if line.startswith(("| change", "| forget"))]
     (changed, forgotten) = rows
     assert changed[3] == "天空是蓝色的。" and changed[4] == "天空是黄色的。"
-    assert "Shakespeare" in forgotten[3] and forgotten[4] == knowledge_facts.REFUSALS[1]
+    assert "Shakespeare" in forgotten[3] and forgotten[4] == facts[1].answer
     # Both old answers have become unlikely, not only out of reach for greedy search.
     for row in rows:
         before, after = map(float, row[5].removesuffix(" |").split(" → "))
@@ -184,6 +184,14 @@ def test_bad_facts_are_named_before_training(
     assert inject_knowledge.main(["--facts", str(file), "--output_dir", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_declining_is_filled_in(tmp_path: Path) -> None:
+    file = tmp_path / "facts.json"
+    file.write_text('[{"action": "forget", "question": "a?"}, {"action": "forget", "question": "谁？"}]', "utf-8")
+    facts = knowledge_facts.read_facts(file)
+    assert [fact.answer for fact in facts] == [*reversed(knowledge_facts.REFUSALS)]
+    assert all(fact.question in text for fact in facts for text in fact.paraphrases)
 
 
 def test_other_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
