@@ -83,10 +83,14 @@ def layers_of(target_modules: Sequence[str]) -> list[str]:
 
 def rows_of(attention: Any, parts: Collection[str]) -> torch.Tensor:
     """Which rows of the fused projection of a layer make some parts of it: `[out]`, bool."""
-    numbers = torch.arange(attention.query_key_value.out_features)
-    rows = torch.zeros(len(numbers), dtype=torch.bool)
-    # The layer itself knows where they stand: in ChatGLM-6B head by head, elsewhere one part after the other.
-    for name, part in zip(("query", "key", "value"), attention.split_heads(numbers.view(1, 1, -1))):
+    numbers = torch.arange(attention.query_key_value.out_features).view(-1, attention.head_dim)
+    # CODEPATH: chatglm-6b has them head by head; chatglm2, chatglm3 and glm4 one part after the other.
+    if attention.is_qkv_interleaved:
+        split = numbers.view(-1, 3, attention.head_dim).unbind(1)
+    else:
+        split = numbers.split([attention.num_query_heads, *[attention.num_key_value_heads] * 2])
+    rows = torch.zeros(numbers.numel(), dtype=torch.bool)
+    for name, part in zip(("query", "key", "value"), split):
         rows[part.flatten()] = name in parts
     return rows
 

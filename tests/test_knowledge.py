@@ -28,6 +28,7 @@ sys.path.insert(0, str(REPOSITORY / "examples"))
 
 import inject_knowledge  # noqa: E402
 import knowledge_facts  # noqa: E402
+from finetune_adapter import rows_of  # noqa: E402
 
 
 EXAMPLES = REPOSITORY / "examples"
@@ -109,7 +110,6 @@ def test_queries_and_values_alone(reference_dir: Path, name: str) -> None:
     arguments = inject_knowledge.parse_arguments(words)
     model = inject_knowledge.load_model(arguments)
     adapted = inject_knowledge.add_adapter(model, arguments).train()
-    attention = model.transformer.encoder.layers[0].self_attention
     ids = torch.arange(5, 25).view(1, -1)
     optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=1e-2)
     for step in range(3):
@@ -117,11 +117,19 @@ def test_queries_and_values_alone(reference_dir: Path, name: str) -> None:
         optimizer.step()
         adapted.base_model.update_and_allocate(step + 1)
         optimizer.zero_grad()
-    layer = attention.query_key_value
-    change = layer.get_delta_weight("default").T[None]
-    queries, keys, values = attention.split_heads(change)
-    assert queries.any() and values.any() and not keys.any()
-    assert not layer.bias.requires_grad
+
+    def first_layer() -> Any:
+        with torch.no_grad():
+            return adapted.eval()(input_ids=ids, use_cache=True).past_key_values.layers[0]
+
+    edited = first_layer()
+    with adapted.disable_adapter():
+        base = first_layer()
+    assert edited.keys.equal(base.keys) and not edited.values.allclose(base.values)
+    # Queries change too.
+    query_rows = rows_of(model.transformer.encoder.layers[0].self_attention, {"query"})
+    change = model.transformer.encoder.layers[0].self_attention.query_key_value.get_delta_weight("default")
+    assert change[query_rows].any()
 
 
 def test_the_divergence_is_that_of_each_dialogue_alone(reference_dir: Path) -> None:

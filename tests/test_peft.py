@@ -119,8 +119,9 @@ def test_merging_with_integers_needs_floats_first(make_model: ModelMaker, bits: 
 def test_queries_and_values_alone(make_model: ModelMaker, version: str) -> None:
     """The rows of the fused projection that are keys get no gradient, so `lora_B` keeps its zeros there."""
     model = make_model(version)
-    attention = model.transformer.encoder.layers[0].self_attention
-    query_size, key_size = model.config.num_attention_heads * 8, model.config.num_key_value_heads * 8
+    query_size, key_size = (
+        heads * model.config.head_dim for heads in (model.config.num_attention_heads, model.config.num_key_value_heads)
+    )
     keys = slice(query_size, query_size + key_size)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["query_key_value"])).train()
     trained = [weight for name, weight in adapted.named_parameters() if "lora_B" in name]
