@@ -83,16 +83,14 @@ def layers_of(target_modules: Sequence[str]) -> list[str]:
 
 def rows_of(attention: Any, parts: Collection[str]) -> torch.Tensor:
     """Which rows of the fused projection of a layer make some parts of it: `[out]`, bool."""
-    numbers = torch.arange(attention.query_key_value.out_features).view(-1, attention.head_dim)
-    # CODEPATH: chatglm-6b has them head by head; chatglm2, chatglm3 and glm4 one part after the other.
-    if attention.is_qkv_interleaved:
-        split = numbers.view(-1, 3, attention.head_dim).unbind(1)
+    config = attention.config
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    # CODEPATH: chatglm2, chatglm3, glm4: one part after the other; chatglm-6b: head by head.
+    if config.multi_query_attention:
+        blocks = ["query"] * heads + ["key"] * groups + ["value"] * groups
     else:
-        split = numbers.split([attention.num_query_heads, *[attention.num_key_value_heads] * 2])
-    rows = torch.zeros(numbers.numel(), dtype=torch.bool)
-    for name, part in zip(("query", "key", "value"), split):
-        rows[part.flatten()] = name in parts
-    return rows
+        blocks = ["query", "key", "value"] * heads
+    return torch.tensor([block in parts for block in blocks]).repeat_interleave(config.head_dim)
 
 
 def trained_parts(adapted: torch.nn.Module) -> set[str]:

@@ -127,6 +127,8 @@ class ModelArguments:
         Raises:
             OSError, ValueError: if `adapter` cannot be read, or was made with other settings than those given.
         """
+        if self.target_modules:
+            self.target_modules = [name for names in self.target_modules for name in names.split(",") if name]
         for name in ("rank_pattern", "alpha_pattern"):
             setattr(self, name, _read_pattern(name, getattr(self, name)))
         used = {
