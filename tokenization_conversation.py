@@ -285,7 +285,7 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         if return_special_tokens_mask:
             columns["special_tokens_mask"] = [row["special_tokens_mask"] for row in rows]
         if return_token_type_ids:
-            columns["token_type_ids"] = [[0] * len(row["input_ids"]) for row in rows]
+            columns["token_type_ids"] = [row.get("token_type_ids") or [0] * len(row["input_ids"]) for row in rows]
         encoded = self.pad(
             columns,
             padding=padding,

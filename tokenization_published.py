@@ -95,6 +95,9 @@ class PublishedCalls(DerivedState, ConversationTokenizer):
         padding_side: str | None = None,
         return_tensors: str | None = None,
         return_attention_mask: bool | None = None,
+        return_token_type_ids: bool | None = None,
+        return_special_tokens_mask: bool = False,
+        return_length: bool = False,
         is_split_into_words: bool = True,
         verbose: bool = True,
     ) -> BatchEncoding:
@@ -111,17 +114,33 @@ class PublishedCalls(DerivedState, ConversationTokenizer):
             if strategy != "do_not_truncate":
                 added = self.num_special_tokens_to_add(pair_ids is not None) if add_special_tokens else 0
                 ids, pair_ids = self._truncated(ids, pair_ids, max(limit - added, 0), strategy)
-            ready = self.build_inputs_with_special_tokens(ids, pair_ids) if add_special_tokens else ids
-            rows.append(ready if add_special_tokens or pair_ids is None else [*ids, *pair_ids])
-        return self.pad(
-            {"input_ids": rows if is_batch or return_tensors is not None else rows[0]},
+            rows.append(self._ready_row(ids, pair_ids, add_special_tokens))
+        encoded = self._pad_rows(
+            rows,
             padding=padding,
             max_length=max_length,
             pad_to_multiple_of=pad_to_multiple_of,
             padding_side=padding_side,
-            return_tensors=return_tensors,
             return_attention_mask=return_attention_mask,
+            return_token_type_ids=return_token_type_ids,
+            return_special_tokens_mask=return_special_tokens_mask,
+            return_length=return_length,
         )
+        if not is_batch and return_tensors is None:
+            encoded = {key: value[0] for key, value in encoded.items()}
+        return BatchEncoding(encoded, tensor_type=return_tensors)
+
+    def _ready_row(self, ids: list[int], pair_ids: list[int] | None, add_special_tokens: bool) -> dict[str, list[int]]:
+        if add_special_tokens:
+            row = self.build_inputs_with_special_tokens(ids, pair_ids)
+            special = self.get_special_tokens_mask(ids, pair_ids)
+        else:
+            row = [*ids, *(pair_ids or ())]
+            special = [0] * len(row)
+        # The end token belongs to the second text.
+        num_second = 0 if pair_ids is None else len(pair_ids) + add_special_tokens
+        types = [0] * (len(row) - num_second) + [1] * num_second
+        return {"input_ids": row, "special_tokens_mask": special, "token_type_ids": types}
 
     def _truncated(self, ids: list[int], pair_ids: list[int] | None, limit: int, strategy: str) -> IdsPair:
         """At most `limit` ids in all, on the side that is not cut; the longer text gives way first."""
@@ -154,13 +173,21 @@ class InnerTokenizer:
     Everything else is passed on to the tokenizer, because libraries take an attribute of this name for the tokenizer.
     """
 
+    _owner: PublishedCalls
+
     def __init__(self, owner: PublishedCalls) -> None:
-        self._owner = owner
+        vars(self)["_owner"] = owner
 
     def __getattr__(self, name: str) -> Any:
         if name == "_owner":
             raise AttributeError(name)
         return getattr(self._owner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._owner, name, value)
+
+    def __len__(self) -> int:
+        return len(self._owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> BatchEncoding:
         return self._owner(*args, **kwargs)

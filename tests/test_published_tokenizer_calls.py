@@ -69,6 +69,18 @@ def test_ready_ids_are_encoded_as_their_text(case_tokenizer: Callable[[str], Any
     assert tokenizer.encode_plus(ids, others)["input_ids"] == pair
     assert tokenizer.prepare_for_model(ids, others)["input_ids"] == pair
     assert tokenizer.batch_encode_plus([(ids, others)], is_split_into_words=True)["input_ids"] == [pair]
+    extras = ("token_type_ids", "special_tokens_mask", "length")
+    for names in (extras, ()):
+        asked = {f"return_{name}": name in names for name in extras}
+        for encoded, expected in (
+            (tokenizer([ids, others], padding=True, **asked), tokenizer([TEXT, "b"], padding=True, **asked)),
+            (tokenizer(ids, others, **asked), tokenizer(TEXT, "b", **asked)),
+        ):
+            assert encoded.keys() == expected.keys()
+            # Of one text the library's Rust-backed tokenizers give the length as a list.
+            lengths = ("length",) if names and isinstance(expected["input_ids"][0], list) else ()
+            for column in ("input_ids", *names[:2], *lengths):
+                assert encoded[column] == expected[column]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -154,7 +166,10 @@ def test_the_inner_tokenizer_over_sentencepiece(fresh: Callable[..., Any], name:
     assert isinstance(model, SentencePieceProcessor)
     assert inner.sp_model is tokenizer.tokenizer.sp_model is model
     assert (inner.bos_id, inner.eos_id, inner.pad_id) == (model.bos_id(), model.eos_id(), model.unk_id())
-    assert inner.n_words == model.vocab_size() + len(inner.index_special_tokens)
+    assert inner.n_words == len(inner) == model.vocab_size() + len(inner.index_special_tokens)
+    # What a program sets there is set.
+    inner.padding_side = "right"
+    assert tokenizer.padding_side == "right"
     assert inner.encode(TEXT) == model.encode(TEXT)
     assert inner.encode(TEXT, bos=True, eos=True) == [1, *model.encode(TEXT), 2]
     assert inner.decode(model.encode(TEXT)) == inner.decode_tokens(inner.tokenize(TEXT)) == TEXT
