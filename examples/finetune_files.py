@@ -30,6 +30,8 @@ import pyarrow.parquet
 
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+# What files of one data set are called that are not to be trained on together.
+SPLITS = {"train", "dev", "val", "valid", "validation", "eval", "test"}
 PlacedRecord = tuple[str, dict[str, Any]]
 
 
@@ -52,6 +54,9 @@ def find_files(path: Path) -> list[Path]:
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"the folder {path} holds neither a saved data set nor files of {', '.join(SUFFIXES)}")
+    splits = [file for file in files if file.stem.lower() in SPLITS]
+    if len({file.stem.lower() for file in splits}) > 1:
+        raise ValueError(f"{path} holds several splits; name one of {', '.join(map(str, splits))}")
     return files
 
 

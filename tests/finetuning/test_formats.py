@@ -257,6 +257,11 @@ def test_every_kind_of_file_holds_the_same(tmp_path: Path) -> None:
     datasets.DatasetDict(train=table, test=table).save_to_disk(tmp_path / "two")
     with pytest.raises(ValueError, match=r"several splits; name one of .*two/test, .*two/train"):
         finetune_data.read_samples(str(tmp_path / "two"), data_arguments())
+    # As ADGEN comes.
+    (folder / "a.jsonl").rename(folder / "train.json")
+    (folder / "b.json").rename(folder / "dev.json")
+    with pytest.raises(ValueError, match=r"several splits; name one of .*/dev.json, .*/train.json"):
+        finetune_data.read_samples(str(folder), data_arguments())
 
 
 def test_tables_lend_no_arguments_to_other_calls(tmp_path: Path) -> None:
