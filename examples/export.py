@@ -298,7 +298,10 @@ def export_prefix(arguments: argparse.Namespace) -> None:
         arguments.model, dtype=arguments.dtype or "auto"
     )
     model.load_prefix_encoder(path)
-    if arguments.quantize and not getattr(model, "is_quantized", False):
+    quantizer = model.hf_quantizer.quantization_config if model.quantized else None
+    if arguments.quantize is not None and arguments.quantize != (quantizer.bits if quantizer else 0):
+        if quantizer:
+            model.dequantize()
         model.quantize(arguments.quantize)
     write_checkpoint(model, load_tokenizer(Path(arguments.model)), output)
     print(f"{output}: {model.config.pre_seq_len} virtual tokens, with their base")

@@ -194,6 +194,18 @@ def test_prefixes(reference_dir: Path, name: str, tmp_path: Path) -> None:
     assert logits(again).equal(expected)
 
 
+@pytest.mark.parametrize(("asked", "bits"), [([], 4), (["--quantize", "8"], 8), (["--quantize", "0"], 0)])
+def test_a_prefix_with_an_integer_base_of_other_bits(
+    reference_dir: Path, asked: list[str], bits: int, tmp_path: Path
+) -> None:
+    base = reference_dir / "chatglm2-int4"
+    words = ["prefix", "--prefix", str(base / "prefix_encoder-noproj.bin"), "--model", str(base)]
+    assert export.main([*words, *asked, "--output", str(tmp_path / "whole")]) == 0
+    whole = load(tmp_path / "whole")
+    assert whole.quantized == bool(bits) and whole.config.pre_seq_len
+    assert not bits or whole.hf_quantizer.quantization_config.bits == bits
+
+
 @pytest.mark.parametrize("is_bin", [False, True])
 def test_names_of_chatglm_6b(reference_dir: Path, is_bin: bool, tmp_path: Path) -> None:
     base, folders = reference_dir / "chatglm1", [tmp_path / name for name in ("ours", "published", "back", "merged")]
