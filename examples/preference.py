@@ -119,7 +119,8 @@ def read_preferences(path: Path, method: str) -> list[dict[str, Any]]:
                 kept["label"] = bool(record["label"])
             # GRPO hands a reward function what else stands in a line.
             if method == "grpo":
-                kept["chosen"] = str(record.get("chosen", ""))
+                chosen = as_messages(record["chosen"], "assistant") if record.get("chosen") else [{}]
+                kept["chosen"] = str(chosen[-1].get("content") or "")
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}:{number}: {error}") from error
         records.append(kept)

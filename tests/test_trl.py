@@ -300,3 +300,7 @@ def test_data_of_either_form(preference: Any, tmp_path: Path) -> None:
     file.write_text(json.dumps({"prompt": [message], "completion": GOOD, "label": 1, "more": 2}), encoding="utf-8")
     answer = [{"role": "assistant", "content": GOOD}]
     assert preference.read_preferences(file, "kto") == [{"prompt": [message], "completion": answer, "label": True}]
+    # What answers are compared with is a text.
+    for good in (GOOD, answer):
+        file.write_text(json.dumps({"prompt": [message], "chosen": good}), encoding="utf-8")
+        assert preference.read_preferences(file, "grpo") == [{"prompt": [message], "chosen": GOOD}]
