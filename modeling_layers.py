@@ -58,8 +58,10 @@ class ChatGLMRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight: torch.Tensor = self.weight
         dtype = weight.dtype
+        # Tensors of other classes are traced: a constant that was made for them would be kept for all.
+        is_plain = type(hidden_states) is torch.Tensor and hidden_states.device.type == "cpu"
         # In training `F.rms_norm` keeps less for the gradient.
-        if torch.is_grad_enabled() or hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or not is_plain or dtype == torch.float64 or torch.compiler.is_compiling():
             weight = weight.to(hidden_states.dtype)
             # The residual stream may be float32 while the layers compute in half precision.
             return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon).to(dtype)

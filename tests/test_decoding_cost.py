@@ -21,6 +21,7 @@ from types import ModuleType
 import pytest
 import torch
 from generations import TINY, every_generation
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import profile
 from transformers import DynamicCache, PreTrainedModel, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer
@@ -48,6 +49,23 @@ def test_a_layer_takes_few_operators(tiny_model: ModelMaker, version: str) -> No
     fewer, more = (count_operators(model) for model in models)
     # 0.1.0 took 164 in ChatGLM-6B and 233 in the others.
     assert more - fewer <= 140
+
+
+def test_tracing_leaves_nothing_behind(tiny_model: ModelMaker, source: Source) -> None:
+    model, ids = tiny_model(), torch.tensor([[5, 6, 7]])
+    source("modeling_layers").constant.cache_clear()
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model(ids)
+        assert type(model(ids).logits) is torch.Tensor
+
+
+def test_float64_is_kept(tiny_model: ModelMaker) -> None:
+    norm = tiny_model().double().transformer.encoder.final_layernorm
+    states = torch.randn(2, 5, norm.weight.shape[0], dtype=torch.float64)
+    trained = norm(states)
+    with torch.no_grad():
+        assert norm(states).equal(trained)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
