@@ -22,7 +22,7 @@ What is unusual here:
 
 - Texts become messages. TRL encodes a plain text with the tokenizer's own opening tokens, and joins prompt and answer
   before it does: ChatGLM-6B would read its answer as a part of the question, and no end token would be learnt.
-- TRL would render conversations to text for a reward model. Here it gets the ids themselves.
+- A reward model scores the sampled ids themselves. TRL would render the answers to text and encode that.
 
 The output folder gets the adapter, `metrics.json` (settings and everything TRL logged) and `curves.png`. Exit codes:
 0 done, 2 bad settings or data.

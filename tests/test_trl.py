@@ -209,6 +209,40 @@ def test_a_reward_model_scores_what_it_was_trained_on(
     assert len(set(alone)) == len(alone)
 
 
+@every_generation_case
+def test_trl_reads_conversations_back_for_a_reward_model(
+    trl: Any, preference: Any, reference_dir: Path, data: Path, name: str, tmp_path: Path
+) -> None:
+    """It renders them to text; the ids are those of the conversations, random answers included."""
+    folder = str(reference_dir / name)
+    tokenizer = preference.load_tokenizer(reference_dir / name)
+    judge = preference.load_model(folder, "float32", is_reward=True)
+    heard, told, forward = [], [], judge.forward
+
+    def listen(input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> Any:
+        heard.extend(input_ids.tolist())
+        return forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def take_down(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
+        told.extend(prompt + completion for prompt, completion in zip(prompts, completions))
+        return [0.0] * len(prompts)
+
+    judge.forward = listen
+    settings = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "max_steps": 1, "num_generations": 2}
+    trl.GRPOTrainer(
+        preference.load_model(folder, "float32", is_reward=False),
+        reward_funcs=[judge, take_down],
+        reward_processing_classes=[tokenizer, None],
+        args=trl.GRPOConfig(
+            str(tmp_path), per_device_train_batch_size=8, max_completion_length=6, bf16=False, **settings
+        ),
+        train_dataset=preference.Dataset.from_list(preference.read_preferences(data, "grpo")),
+        processing_class=tokenizer,
+    ).train()
+    expected = tokenizer.pad(tokenizer.apply_chat_template(told, return_dict=True), padding_side="right")
+    assert len(heard) == 8 and heard == expected["input_ids"]
+
+
 def test_answers_end_at_every_stop_token(make_trainer: Callable[..., Any]) -> None:
     trainer = make_trainer("grpo", "chatglm3")
     assert set(trainer.processing_class.stop_token_ids()) <= set(trainer.generation_config.eos_token_id)
