@@ -231,7 +231,10 @@ def test_what_cannot_be_exported(reference_dir: Path, tmp_path: Path, capsys: py
     full.mkdir()
     (full / "mine.txt").write_text("mine", encoding="utf-8")
     out, base = str(tmp_path / "out"), str(reference_dir / "glm4")
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    peft.get_peft_model(load(reference_dir / "glm4"), prompt).save_pretrained(tmp_path / "prompt")
     refused = [
+        (["merge", "--adapter", str(tmp_path / "prompt"), "--output", out], "adapts no linear layer"),
         (["merge", "--adapter", str(adapter), "--output", str(full)], "is not an empty folder"),
         (["merge", "--adapter", str(full), "--output", out], "adapter_config.json"),
         (["merge", "--adapter", str(adapter), "--model", str(full), "--output", out], "is not a checkpoint folder"),
