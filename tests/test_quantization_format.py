@@ -178,6 +178,25 @@ def test_weights_in_any_memory_layout(
             assert codes.is_contiguous() and scale.is_contiguous()
             assert codes.equal(expected[0]) and scale.equal(expected[1])
         monkeypatch.setattr(source("quantization_kernels"), "ELEMENTS_AT_A_TIME", 200)  # three rows at a time
-        pieces = quantization.quantize_weight(weight.t(), bits)
-        assert pieces[0].equal(expected[0]) and pieces[1].equal(expected[1])
+        before = torch.get_num_threads()
+        for num_threads in (1, 3):
+            monkeypatch.setattr(torch, "get_num_threads", lambda num_threads=num_threads: num_threads)
+            pieces = quantization.quantize_weight(weight.t(), bits)
+            assert pieces[0].equal(expected[0]) and pieces[1].equal(expected[1])
         monkeypatch.undo()
+        torch.set_num_threads(before)
+
+
+def test_threads_go_on_as_they_were(quantization: ModuleType) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        weight = torch.randn(1024, 4096)
+        weight[1000, 7] = torch.nan
+        with pytest.raises(ValueError, match="not finite"):
+            quantization.quantize_weight(weight, 4)
+        with torch.inference_mode():
+            codes, _ = quantization.quantize_weight(weight.nan_to_num(), 4)
+        assert codes.is_inference() and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
