@@ -30,6 +30,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -476,6 +477,27 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
             for token, rank in sorted(self._tokenizer.get_vocab(False).items(), key=lambda item: item[1])
             if rank < end
         }
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        *args: Any,
+        add_special_tokens: bool = True,
+        tokenize: bool = True,
+        chat_format: ConversationFormat | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Write or encode conversations; `add_special_tokens=False` leaves `[gMASK] <sop>` out, as published."""
+        chat_format = self._known_format(chat_format)
+        opening = "" if add_special_tokens else "".join(chat_format.opening_tokens)
+        if not add_special_tokens:
+            chat_format = replace(chat_format, opening_tokens=())
+        written = super().apply_chat_template(
+            conversation, *args, tokenize=tokenize, chat_format=chat_format, **kwargs
+        )
+        if isinstance(written, str):
+            return written.removeprefix(opening)
+        return written if tokenize else [text.removeprefix(opening) for text in written]
 
     def _load_model(self, vocab_file: str, added_tokens: Mapping[int, AddedToken]) -> BPE:
         more_tokens = {token.content: index for index, token in added_tokens.items()}

@@ -555,6 +555,19 @@ def test_message_by_message_is_the_whole_conversation(tokenizer: PreTrainedToken
         assert tokenizer.apply_chat_template(chat, return_dict=False) == closed
 
 
+def test_the_opening_may_be_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """By an argument of the published class."""
+    opening, batch = tokenizer.get_prefix_tokens(), [CHAT, CHAT[:1]]
+    for chat in batch:
+        ids, text = (tokenizer.apply_chat_template(chat, tokenize=asked, return_dict=False) for asked in (True, False))
+        settings = {"add_special_tokens": False, "return_dict": False}
+        assert opening + tokenizer.apply_chat_template(chat, **settings) == ids
+        assert "[gMASK]<sop>" + tokenizer.apply_chat_template(chat, tokenize=False, **settings) == text
+    for tokenize in (True, False):
+        rows = tokenizer.apply_chat_template(batch, tokenize=tokenize, **settings)
+        assert rows == [tokenizer.apply_chat_template(chat, tokenize=tokenize, **settings) for chat in batch]
+
+
 def test_the_mask_of_answers(tokenizer: PreTrainedTokenizerBase) -> None:
     encoded = tokenizer.apply_chat_template(CHAT, return_assistant_tokens_mask=True)
     answers = [index for index, mask in zip(encoded["input_ids"], encoded["assistant_masks"]) if mask]
