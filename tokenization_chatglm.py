@@ -29,7 +29,7 @@ What is unusual here:
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -481,7 +481,10 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
     def apply_chat_template(
         self,
         conversation: Any,
-        *args: Any,
+        tools: Sequence[dict[str, Any] | Callable] | Mapping[str, Any] | None = None,
+        documents: Any = None,
+        chat_template: str | None = None,
+        *,
         add_special_tokens: bool = True,
         tokenize: bool = True,
         chat_format: ConversationFormat | None = None,
@@ -493,7 +496,7 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
         if not add_special_tokens:
             chat_format = replace(chat_format, opening_tokens=())
         written = super().apply_chat_template(
-            conversation, *args, tokenize=tokenize, chat_format=chat_format, **kwargs
+            conversation, tools, documents, chat_template, tokenize=tokenize, chat_format=chat_format, **kwargs
         )
         if isinstance(written, str):
             return written.removeprefix(opening)
