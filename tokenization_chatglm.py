@@ -336,6 +336,7 @@ class ChatGLMTokenizer(ChatGLMTokenizersBackend):
         ValueError: if there is no vocabulary file, or it is another generation's.
     """
 
+    always_splits = True
     vocabularies: Mapping[str, Vocabulary] = {
         # ChatGLM2 writes none of its control tokens, ChatGLM3 writes their names.
         "chatglm2": Vocabulary(

@@ -74,6 +74,8 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
     # The generations that have this kind of vocabulary file, by name; the last one is assumed where nothing tells.
     vocabularies: Mapping[str, Vocabulary]
     chat_format: ConversationFormat
+    # Whether `split_special_tokens` is set although nobody asked for it.
+    always_splits = False
 
     @property
     def model_version(self) -> str:
@@ -214,10 +216,11 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         """Encode texts or pairs of texts, as the library does; it describes the arguments.
 
         With `add_special_tokens=False`, a conversation that the chat template rendered to text, alone or in a list,
-        gets the ids of `apply_chat_template`. An explicit `split_special_tokens` takes every text for a plain one.
+        gets the ids of `apply_chat_template`. An explicit `split_special_tokens` takes every text for a plain one, and so
+        does a tokenizer that was loaded with it.
         """
-        is_text_alone = text_pair is None and text_target is None and "split_special_tokens" not in kwargs
-        if not add_special_tokens and is_text_alone:
+        is_plain = "split_special_tokens" in kwargs or (self.split_special_tokens and not self.always_splits)
+        if not add_special_tokens and not is_plain and text_pair is None and text_target is None:
             texts = text if isinstance(text, (list, tuple)) else [text]
             read = [read_rendered(item, self.chat_format) if isinstance(item, str) else None for item in texts]
             if any(read) and not kwargs.get("is_split_into_words"):

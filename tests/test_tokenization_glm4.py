@@ -568,6 +568,15 @@ def test_the_opening_may_be_left_out(tokenizer: PreTrainedTokenizerBase) -> None
         assert rows == [tokenizer.apply_chat_template(chat, tokenize=tokenize, **settings) for chat in batch]
 
 
+def test_a_tokenizer_that_splits_special_tokens_reads_no_conversation(
+    case_folder: Callable[[str], Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    splitting = AutoTokenizer.from_pretrained(case_folder("glm4"), trust_remote_code=True, split_special_tokens=True)
+    text = "[gMASK]<sop><|user|>\na"
+    assert splitting.encode(text, add_special_tokens=False) == splitting.tokenizer.encode(text)
+    assert tokenizer.encode(text, add_special_tokens=False)[:2] == tokenizer.get_prefix_tokens()
+
+
 def test_the_mask_of_answers(tokenizer: PreTrainedTokenizerBase) -> None:
     encoded = tokenizer.apply_chat_template(CHAT, return_assistant_tokens_mask=True)
     answers = [index for index, mask in zip(encoded["input_ids"], encoded["assistant_masks"]) if mask]
