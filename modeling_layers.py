@@ -221,6 +221,10 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+# Keys of one layer that are turned into float32 for a token. A larger copy would be given new memory for every token,
+# which takes longer than float16 does.
+MOST_IN_FLOAT32 = 2**22
+
 # Stands in for the attention module when query heads are folded: then each head has its own keys, and sees all of them.
 FOLDED_HEADS = SimpleNamespace(num_key_value_groups=1, is_causal=False)
 
@@ -306,11 +310,12 @@ class ChatGLMAttention(nn.Module):
         """`[batch, heads, seq, head_dim]` -> `[batch * kv_heads, 1, groups or seq, head_dim]`.
 
         One query for each head becomes several queries for each head of keys and values. float16 becomes float32, in
-        which torch's CPU kernel takes a fifth of the time at 512 tokens and half at 4096 (2.13).
+        which torch's CPU kernel takes a fifth of the time at 512 tokens and half at 16384 (2.13).
         """
         num_folded = states[0].shape[0] * self.num_key_value_heads
         folded = [part.reshape(num_folded, 1, -1, self.head_dim) for part in states]
-        return [part.float() for part in folded] if folded[0].dtype == torch.float16 else folded
+        is_slow = folded[0].dtype == torch.float16 and folded[1].numel() <= MOST_IN_FLOAT32
+        return [part.float() for part in folded] if is_slow else folded
 
     def should_fold_query_heads(self, attention_interface: Callable, query_states: torch.Tensor) -> bool:
         """Whether one query for each head is quicker without grouped heads.

@@ -17,11 +17,13 @@ import copy
 import pickle
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from generations import TINY, every_generation
+from generations import CAUSAL_GENERATIONS, TINY, every_generation
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 from torch.profiler import profile
 from transformers import DynamicCache, PreTrainedModel, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer
@@ -201,3 +203,27 @@ def test_caches_of_other_kinds_stay_what_they_are(growing: ModuleType) -> None:
     for cache in (held, offloaded, None):
         growing.let_cache_grow(cache)
     assert type(held.layers[0]) is DynamicLayer and offloaded.layer_class_to_replicate is DynamicLayer
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("version", CAUSAL_GENERATIONS)
+def test_attention_of_float16_in_float32(
+    tiny_model: ModelMaker, source: Source, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(**TINY[version] | {"multi_query_group_num": 2}).half()
+    prompt = torch.randint(10, 80, (2, 9))
+    whole, seen = model(prompt).logits[:, -1:], []
+    attend = functional.scaled_dot_product_attention
+
+    def watch(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(query.dtype)
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watch)
+    for limit, dtype in ((0, torch.float16), (1 << 30, torch.float32)):
+        monkeypatch.setattr(source("modeling_layers"), "MOST_IN_FLOAT32", limit)
+        cache = model(prompt[:, :-1], use_cache=True).past_key_values
+        seen.clear()
+        logits = model(prompt[:, -1:], past_key_values=cache, use_cache=True).logits
+        assert set(seen) == {dtype} and logits.dtype == torch.float16
+        torch.testing.assert_close(logits, whole, rtol=0.02, atol=0.02)
