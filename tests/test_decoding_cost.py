@@ -49,7 +49,7 @@ def count_operators(model: PreTrainedModel) -> int:
 def test_a_layer_takes_few_operators(tiny_model: ModelMaker, version: str) -> None:
     models = [tiny_model(**TINY[version], num_layers=num_layers) for num_layers in (2, 3)]
     fewer, more = (count_operators(model) for model in models)
-    # 0.1.0 took 164 in ChatGLM-6B and 233 in the others.
+    # It was 164 in ChatGLM-6B and 233 in the others.
     assert more - fewer <= 140
 
 
