@@ -19,9 +19,12 @@ What is unusual here:
   assembly decode a word in about two instructions for each code; converting integers would be slower than the memory.
 - They are fast for few rows of input, where reading the weight is what takes time. For many rows the weight is decoded
   and the vendor's matrix product does the rest.
+- A product is one launch that reads `x` as it is and leaves nothing behind: narrow layers keep a whole GPU busy because
+  the warps of a program add parts of one sum, not because programs do. No counter, no workspace, always the same order.
 - Without Triton nothing here can be called but `can_use_triton`, which says so.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -37,8 +40,11 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
-# The most rows of input that the kernels for few rows take.
-FEW_ROWS = 16
+# The most rows of input that the kernels for few rows take; for more, the weight is decoded.
+FEW_ROWS = 64
+# Versions before it, such as that of torch 2.6, cannot compile those kernels; chips that came later need a later one.
+OLDEST_TRITON = (3, 3)
+OLDEST_TRITON_OF = {"sm_120": (3, 4), "sm_121": (3, 4)}
 
 
 def write_int4_assembly(is_bfloat16: bool) -> str:
@@ -73,10 +79,32 @@ def write_int4_assembly(is_bfloat16: bool) -> str:
     return "\n".join([*lines, "}"])
 
 
+def write_int8_assembly(is_bfloat16: bool) -> str:
+    """PTX that decodes four int8 codes, one int32, into two pairs of floats.
+
+    A byte becomes the end of a float whose last bit is worth 1: in float16 `1024 + code + 128`. bfloat16 has no room for
+    all eight bits: the difference of `128 + (the low seven bits)` and `128`, or `256` for a negative code, is exact too.
+    """
+    if not is_bfloat16:
+        lines = [".reg .b32 s, p0, p1, k;", "mov.b32 k, 0xE480E480;", "xor.b32 s, $2, 0x80808080;"]
+        lines += [f"prmt.b32 p{pair}, s, 0x64646464, 0x4{2 * pair + 1}4{2 * pair};" for pair in (0, 1)]
+        lines += [f"add.rn.f16x2 ${pair}, p{pair}, k;" for pair in (0, 1)]
+        return "\n".join(["{", *lines, "}"])
+    lines = [".reg .b32 p<2>, l<2>, s<2>, k;", "mov.b32 k, 0xBF80BF80;"]
+    for pair in (0, 1):
+        lines += [f"prmt.b32 p{pair}, $2, $2, 0x{2 * pair + 1}{2 * pair + 1}{2 * pair}{2 * pair};"]
+        lines += [f"lop3.b32 l{pair}, p{pair}, 0x007F007F, 0x43004300, 0x6a;"]
+        lines += [f"lop3.b32 s{pair}, p{pair}, 0x00800080, 0x43004300, 0x6a;"]
+        lines += [f"fma.rn.bf16x2 ${pair}, s{pair}, k, l{pair};"]
+    return "\n".join(["{", *lines, "}"])
+
+
 if triton is not None:
     FLOAT16_ASSEMBLY = tl.constexpr(write_int4_assembly(is_bfloat16=False))
     BFLOAT16_ASSEMBLY = tl.constexpr(write_int4_assembly(is_bfloat16=True))
     ASSEMBLY_OPERANDS = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r,r")
+    INT8_FLOAT16_ASSEMBLY = tl.constexpr(write_int8_assembly(is_bfloat16=False))
+    INT8_BFLOAT16_ASSEMBLY = tl.constexpr(write_int8_assembly(is_bfloat16=True))
 
     @triton.jit
     def decode_float16(words):
@@ -105,89 +133,165 @@ if triton is not None:
         )
 
     @triton.jit
-    def decode_column(words, column: tl.constexpr):
+    def decode_int8_by_assembly(codes, dtype: tl.constexpr):
+        """Int8 codes as floats, four at a time."""
+        if dtype == tl.float16:
+            decoded = tl.inline_asm_elementwise(
+                INT8_FLOAT16_ASSEMBLY, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+            )
+        else:
+            decoded = tl.inline_asm_elementwise(
+                INT8_BFLOAT16_ASSEMBLY, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+            )
+        return decoded
+
+    @triton.jit
+    def decode_column(words, column: tl.constexpr, dtype: tl.constexpr):
         """One of the eight int4 codes of each word, on any device: byte `column // 2`, high four bits if even."""
-        return (((words >> (8 * (column // 2) + 4 * (1 - column % 2))) & 0xF) ^ 8) - 8
+        return ((((words >> (8 * (column // 2) + 4 * (1 - column % 2))) & 0xF) ^ 8) - 8).to(dtype)
 
     @triton.jit
+    def decode_int4(words, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
+        """The eight int4 codes of each word, column 0 to 7."""
+        if not ASSEMBLY:
+            c0, c1 = decode_column(words, 0, dtype), decode_column(words, 1, dtype)
+            c2, c3 = decode_column(words, 2, dtype), decode_column(words, 3, dtype)
+            c4, c5 = decode_column(words, 4, dtype), decode_column(words, 5, dtype)
+            c6, c7 = decode_column(words, 6, dtype), decode_column(words, 7, dtype)
+        elif dtype == tl.float16:
+            c0, c1, c2, c3, c4, c5, c6, c7 = decode_float16(words)
+        else:
+            c0, c1, c2, c3, c4, c5, c6, c7 = decode_bfloat16(words)
+        return c0, c1, c2, c3, c4, c5, c6, c7
+
+    @triton.jit
+    def split_columns(x):
+        """`[parts, rows, 8 * words]` -> the eight columns of all words, each `[parts, words, rows]`."""
+        x = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 8, 2, 2, 2))
+        even, odd = tl.split(x)
+        x04, x26 = tl.split(even)
+        x15, x37 = tl.split(odd)
+        x0, x4 = tl.split(x04)
+        x1, x5 = tl.split(x15)
+        x2, x6 = tl.split(x26)
+        x3, x7 = tl.split(x37)
+        return (
+            tl.permute(x0, 0, 2, 1), tl.permute(x1, 0, 2, 1), tl.permute(x2, 0, 2, 1), tl.permute(x3, 0, 2, 1),
+            tl.permute(x4, 0, 2, 1), tl.permute(x5, 0, 2, 1), tl.permute(x6, 0, 2, 1), tl.permute(x7, 0, 2, 1),
+        )  # fmt: skip
+
+    @triton.jit
+    def load_columns(x_ptr, first_row, start, num_columns, num_rows, BLOCK_ROWS: tl.constexpr, PARTS: tl.constexpr,
+                     BLOCK_IN: tl.constexpr, IS_EVEN: tl.constexpr):  # fmt: skip
+        """The rows of `x` for a block, `[parts, rows, columns]`; rows and columns that are not there are zeros."""
+        row = first_row + tl.arange(0, BLOCK_ROWS)[None, :, None]
+        column = start + tl.arange(0, PARTS)[:, None, None] * BLOCK_IN + tl.arange(0, BLOCK_IN)[None, None, :]
+        is_input = row < num_rows
+        if not IS_EVEN:
+            is_input = is_input & (column < num_columns)
+        return tl.load(x_ptr + row * num_columns + column, mask=is_input, other=0)
+
+    @triton.jit
+    def load_scales(scale_ptr, weight_row, start, num_groups, GROUP_WORDS: tl.constexpr, NUM_SCALES: tl.constexpr,
+                    BLOCK_IN: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+        """The scales of a block, `[parts, out, scales]`: one for each group, or for each part of a wider one."""
+        part = tl.arange(0, PARTS)[:, None, None]
+        if GROUP_WORDS <= BLOCK_IN:
+            group = start // GROUP_WORDS + part * NUM_SCALES + tl.arange(0, NUM_SCALES)[None, None, :]
+        else:
+            group = (start + part * BLOCK_IN) // GROUP_WORDS
+        return tl.load(scale_ptr + weight_row * num_groups + group, mask=group < num_groups, other=0)
+
+    @triton.jit
+    def store_sums(sums, scale_ptr, bias_ptr, output_ptr, first_row, out, out_features, num_rows,
+                   HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+        """Add the parts `[parts, out, rows]`, always in the same order, scale them, add the bias and round once."""
+        row = first_row + tl.arange(0, sums.shape[2])
+        is_out = out < out_features
+        total = tl.sum(sums, 0)
+        if HAS_SCALE:
+            total *= tl.load(scale_ptr + out, mask=is_out, other=0).to(tl.float32)[:, None]
+        if HAS_BIAS:
+            total += tl.load(bias_ptr + out, mask=is_out, other=0).to(tl.float32)[:, None]
+        is_output = (row[None, :] < num_rows) & is_out[:, None]
+        offset = row[None, :].to(tl.int64) * out_features + out[:, None]
+        tl.store(output_ptr + offset, total.to(output_ptr.dtype.element_ty), mask=is_output)
+
+    # Triton would compile once more for one row, and once more for multiples of 16.
+    @triton.jit(do_not_specialize=["num_rows"])
     def int4_few_rows_kernel(
-        planes_ptr, words_ptr, scale_ptr, bias_ptr, output_ptr,
-        out_features, num_words, num_rows, words_per_split,
-        BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-        GROUP_SIZE: tl.constexpr, HAS_BIAS: tl.constexpr, ASSEMBLY: tl.constexpr,
+        x_ptr, words_ptr, scale_ptr, bias_ptr, output_ptr, out_features, num_words, num_groups, num_rows,
+        BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_ROWS: tl.constexpr, PARTS: tl.constexpr,
+        GROUP_WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, IS_EVEN: tl.constexpr, ASSEMBLY: tl.constexpr,
     ):  # fmt: skip
-        """`y[split, r, n] = sum_k x[r, k] * code[n, k] * scale[n or n, k / GROUP_SIZE] (+ bias[n])`.
+        """`y[r, n] = sum_k x[r, k] * code[n, k] * scale[n or n, k / group_size] (+ bias[n])`.
 
-        Eight columns are one int32 word. Columns can be added in any order, so `x` comes as planes `[r, 8, k / 8]`, and
-        plane `j` is multiplied with column `j` of all words. The weight is the left operand, as its many rows fill the
-        tensor cores. Triton loads more at once the more it knows to divide `num_words`, so that is an argument.
+        Eight columns are one int32 word. Columns can be added in any order, so column `j` of all words is multiplied with
+        every eighth column of `x`. The weight is the left operand, as its many rows fill the tensor cores. Triton loads
+        more at once the more it knows to divide `num_words` and `num_groups`, so those are arguments.
         """
-        row = tl.arange(0, BLOCK_ROWS)
-        out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-        first_word = tl.program_id(1) * words_per_split
-        last_word = min(first_word + words_per_split, num_words)
-        sums = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
-        for start in range(first_word, last_word, BLOCK_IN):
-            word = start + tl.arange(0, BLOCK_IN)
-            is_weight = (out[:, None] < out_features) & (word[None, :] < last_word)
-            words = tl.load(words_ptr + out[:, None].to(tl.int64) * num_words + word[None, :], mask=is_weight, other=0)
-            if GROUP_SIZE > 0:
-                group_words: tl.constexpr = GROUP_SIZE // 8
-                offset = out[:, None] * (num_words // group_words) + word[None, :] // group_words
-                group_scale = tl.load(scale_ptr + offset, mask=is_weight, other=0).to(planes_ptr.dtype.element_ty)
-            if ASSEMBLY:
-                codes = decode_float16(words) if planes_ptr.dtype.element_ty == tl.float16 else decode_bfloat16(words)
-            for column in tl.static_range(8):
-                x = tl.load(
-                    planes_ptr + (row[None, :] * 8 + column) * num_words + word[:, None],
-                    mask=(row[None, :] < num_rows) & (word[:, None] < last_word),
-                    other=0,
+        first_row = tl.program_id(0) * BLOCK_ROWS
+        out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        # Rows behind the last are the last once more, which needs no mask; they are not stored.
+        weight_row = tl.minimum(out, out_features - 1)[None, :, None]
+        part = tl.arange(0, PARTS)[:, None, None]
+        # Words that share a scale: a group, or as much of a wider one as is in a part.
+        SHARED: tl.constexpr = GROUP_WORDS if GROUP_WORDS > 0 and GROUP_WORDS < BLOCK_IN else BLOCK_IN
+        NUM_SCALES: tl.constexpr = BLOCK_IN // SHARED
+        if GROUP_WORDS > 0:
+            scale = load_scales(scale_ptr, weight_row, 0, num_groups, GROUP_WORDS, NUM_SCALES, BLOCK_IN, PARTS)
+        sums = tl.zeros((PARTS, BLOCK_OUT, BLOCK_ROWS), tl.float32)
+        for start in range(0, num_words, PARTS * BLOCK_IN):
+            word = start + part * BLOCK_IN + tl.arange(0, BLOCK_IN)[None, None, :]
+            word_ptrs = words_ptr + weight_row.to(tl.int64) * num_words + word
+            words = tl.load(word_ptrs) if IS_EVEN else tl.load(word_ptrs, mask=word < num_words, other=0)
+            x = load_columns(
+                x_ptr, first_row, start * 8, num_words * 8, num_rows, BLOCK_ROWS, PARTS, BLOCK_IN * 8, IS_EVEN
+            )
+            x0, x1, x2, x3, x4, x5, x6, x7 = split_columns(x)
+            c0, c1, c2, c3, c4, c5, c6, c7 = decode_int4(words, x.dtype, ASSEMBLY)
+            if GROUP_WORDS > 0:
+                shared = tl.broadcast_to(scale.to(x.dtype)[:, :, :, None], (PARTS, BLOCK_OUT, NUM_SCALES, SHARED))
+                shared = tl.reshape(shared, (PARTS, BLOCK_OUT, BLOCK_IN))
+                c0, c1, c2, c3 = c0 * shared, c1 * shared, c2 * shared, c3 * shared
+                c4, c5, c6, c7 = c4 * shared, c5 * shared, c6 * shared, c7 * shared
+                # Too small for copies that wait in shared memory: those of the next block are under way in registers.
+                following = start + PARTS * BLOCK_IN
+                scale = load_scales(
+                    scale_ptr, weight_row, following, num_groups, GROUP_WORDS, NUM_SCALES, BLOCK_IN, PARTS
                 )
-                weight = codes[column] if ASSEMBLY else decode_column(words, column).to(x.dtype)
-                if GROUP_SIZE > 0:
-                    weight = weight * group_scale
-                sums = tl.dot(weight, x, sums)
-        is_out = out < out_features
-        if GROUP_SIZE == 0:
-            sums *= tl.load(scale_ptr + out, mask=is_out, other=0).to(tl.float32)[:, None]
-        if HAS_BIAS:
-            sums += tl.load(bias_ptr + out, mask=is_out, other=0).to(tl.float32)[:, None]
-        offset = (tl.program_id(1) * num_rows + row[None, :]) * out_features + out[:, None]
-        is_output = (row[None, :] < num_rows) & is_out[:, None]
-        tl.store(output_ptr + offset, sums.to(output_ptr.dtype.element_ty), mask=is_output)
+            sums = tl.dot(c0, x0, sums)
+            sums = tl.dot(c1, x1, sums)
+            sums = tl.dot(c2, x2, sums)
+            sums = tl.dot(c3, x3, sums)
+            sums = tl.dot(c4, x4, sums)
+            sums = tl.dot(c5, x5, sums)
+            sums = tl.dot(c6, x6, sums)
+            sums = tl.dot(c7, x7, sums)
+        store_sums(
+            sums, scale_ptr, bias_ptr, output_ptr, first_row, out, out_features, num_rows, GROUP_WORDS == 0, HAS_BIAS
+        )
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_rows"])
     def int8_few_rows_kernel(
-        x_ptr, codes_ptr, scale_ptr, bias_ptr, output_ptr,
-        out_features, in_features, num_rows, columns_per_split,
-        BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,
+        x_ptr, codes_ptr, scale_ptr, bias_ptr, output_ptr, out_features, in_features, num_rows,
+        BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_ROWS: tl.constexpr, PARTS: tl.constexpr,
+        HAS_BIAS: tl.constexpr, IS_EVEN: tl.constexpr, ASSEMBLY: tl.constexpr,
     ):  # fmt: skip
-        """`y[split, r, n] = scale[n] * sum_k x[r, k] * code[n, k] (+ bias[n])`, the sum over the columns of the split."""
-        row = tl.arange(0, BLOCK_ROWS)
-        out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-        first_column = tl.program_id(1) * columns_per_split
-        last_column = min(first_column + columns_per_split, in_features)
-        sums = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
-        for start in range(first_column, last_column, BLOCK_IN):
-            column = start + tl.arange(0, BLOCK_IN)
-            codes = tl.load(
-                codes_ptr + out[:, None].to(tl.int64) * in_features + column[None, :],
-                mask=(out[:, None] < out_features) & (column[None, :] < last_column),
-                other=0,
-            )
-            x = tl.load(
-                x_ptr + row[None, :] * in_features + column[:, None],
-                mask=(row[None, :] < num_rows) & (column[:, None] < last_column),
-                other=0,
-            )
-            sums = tl.dot(codes.to(x.dtype), x, sums)
-        is_out = out < out_features
-        sums *= tl.load(scale_ptr + out, mask=is_out, other=0).to(tl.float32)[:, None]
-        if HAS_BIAS:
-            sums += tl.load(bias_ptr + out, mask=is_out, other=0).to(tl.float32)[:, None]
-        offset = (tl.program_id(1) * num_rows + row[None, :]) * out_features + out[:, None]
-        is_output = (row[None, :] < num_rows) & is_out[:, None]
-        tl.store(output_ptr + offset, sums.to(output_ptr.dtype.element_ty), mask=is_output)
+        """`y[r, n] = scale[n] * sum_k x[r, k] * code[n, k] (+ bias[n])`."""
+        first_row = tl.program_id(0) * BLOCK_ROWS
+        out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        weight_row = tl.minimum(out, out_features - 1)[None, :, None]
+        part = tl.arange(0, PARTS)[:, None, None]
+        sums = tl.zeros((PARTS, BLOCK_OUT, BLOCK_ROWS), tl.float32)
+        for start in range(0, in_features, PARTS * BLOCK_IN):
+            column = start + part * BLOCK_IN + tl.arange(0, BLOCK_IN)[None, None, :]
+            code_ptrs = codes_ptr + weight_row.to(tl.int64) * in_features + column
+            codes = tl.load(code_ptrs) if IS_EVEN else tl.load(code_ptrs, mask=column < in_features, other=0)
+            x = load_columns(x_ptr, first_row, start, in_features, num_rows, BLOCK_ROWS, PARTS, BLOCK_IN, IS_EVEN)
+            decoded = decode_int8_by_assembly(codes, x.dtype) if ASSEMBLY else codes.to(x.dtype)
+            sums = tl.dot(decoded, tl.permute(x, 0, 2, 1), sums)
+        store_sums(sums, scale_ptr, bias_ptr, output_ptr, first_row, out, out_features, num_rows, True, HAS_BIAS)
 
     @triton.jit
     def dequantize_kernel(
@@ -220,42 +324,99 @@ if triton is not None:
 
 
 class FewRowsConfig(NamedTuple):
-    """How the work is cut: rows and words (int4) or columns (int8) of a block, parts of a sum, warps and stages."""
+    """How the work is cut: weight rows, words (int4) or columns (int8) and input rows of a block; parts of a sum that one
+    program adds at the same time, a warp or more each; warps, and loads that are under way."""
 
     block_out: int
     block_in: int
     block_rows: int
-    num_splits: int
+    parts: int
     num_warps: int
     num_stages: int
 
 
-def few_rows_config(
-    bits: int,
-    is_grouped: bool,
-    num_rows: int,
-    out_features: int,
-    in_features: int,
-    num_multiprocessors: int,
-    is_hip: bool,
-) -> FewRowsConfig:
-    """The blocks for a product with few rows. Better sizes for some GPU, once measured, belong here.
+# For each number of input rows of a block. Chosen by what the compiled kernels take in registers, shared memory and
+# instructions, not yet by the clock: whoever measures better ones on a GPU writes them here.
+LARGE_SHARED_MEMORY: dict[str, tuple[FewRowsConfig, ...]] = {
+    "int4": (
+        FewRowsConfig(32, 32, 8, 8, 8, 3),
+        FewRowsConfig(32, 16, 16, 8, 8, 3),
+        FewRowsConfig(32, 16, 32, 4, 4, 3),
+    ),
+    "int4 groups": (
+        FewRowsConfig(32, 32, 8, 8, 8, 3),
+        FewRowsConfig(32, 16, 16, 8, 8, 3),
+        FewRowsConfig(32, 16, 32, 4, 4, 3),
+    ),
+    "int8": (
+        FewRowsConfig(32, 128, 8, 8, 8, 4),
+        FewRowsConfig(32, 128, 16, 8, 8, 3),
+        FewRowsConfig(32, 128, 32, 4, 4, 3),
+    ),
+}
+# A hundred KiB for all programs on a multiprocessor.
+SMALL_SHARED_MEMORY: dict[str, tuple[FewRowsConfig, ...]] = {
+    "int4": (
+        FewRowsConfig(32, 32, 8, 4, 4, 3),
+        FewRowsConfig(32, 16, 16, 4, 4, 3),
+        FewRowsConfig(32, 16, 32, 4, 4, 3),
+    ),
+    "int4 groups": (
+        FewRowsConfig(32, 32, 8, 4, 4, 3),
+        FewRowsConfig(32, 16, 16, 4, 4, 3),
+        FewRowsConfig(32, 16, 32, 4, 4, 3),
+    ),
+    "int8": (
+        FewRowsConfig(32, 128, 8, 4, 4, 3),
+        FewRowsConfig(32, 128, 16, 4, 4, 3),
+        FewRowsConfig(32, 128, 32, 4, 4, 3),
+    ),
+}
+# AMD's matrix instructions need 16 rows, and its programs share 64 KiB.
+AMD: dict[str, tuple[FewRowsConfig, ...]] = {
+    "int4": (FewRowsConfig(32, 16, 16, 4, 4, 2), FewRowsConfig(32, 16, 32, 4, 4, 2)),
+    "int4 groups": (FewRowsConfig(32, 16, 16, 4, 4, 2), FewRowsConfig(32, 16, 32, 4, 4, 2)),
+    "int8": (FewRowsConfig(32, 128, 16, 4, 4, 2), FewRowsConfig(32, 64, 32, 4, 4, 2)),
+}
+# By what `torch.cuda.get_device_properties` calls them; the last two are for chips that are not listed.
+FEW_ROWS_CONFIGS = {
+    "sm_80": LARGE_SHARED_MEMORY,
+    "sm_86": SMALL_SHARED_MEMORY,
+    "sm_89": SMALL_SHARED_MEMORY,
+    "sm_90": LARGE_SHARED_MEMORY,
+    "sm_100": LARGE_SHARED_MEMORY,
+    "sm_120": SMALL_SHARED_MEMORY,
+    "gfx942": AMD,
+    "sm": SMALL_SHARED_MEMORY,
+    "gfx": AMD,
+}
 
-    Narrow layers have fewer blocks than a GPU has multiprocessors, so sums are split until each gets two programs.
-    """
-    # AMD's matrix instructions need 16 rows; NVIDIA's take 8, with less to load.
-    block_rows = 8 if num_rows <= 8 and not is_hip else 16
-    # Larger blocks, or one more on its way, would not fit into the registers.
-    block_out, block_in, num_stages = 32, 256, 4
-    if bits == 4:
-        block_in, num_stages = (32, 3) if is_grouped else (64, 4)
-    num_blocks = triton.cdiv(in_features // 8 if bits == 4 else in_features, block_in)
-    num_splits = 1
-    while num_splits < 8 and 2 * num_splits <= num_blocks:
-        if triton.cdiv(out_features, block_out) * num_splits >= 2 * num_multiprocessors:
-            break
-        num_splits *= 2
-    return FewRowsConfig(block_out, block_in, block_rows, num_splits, 2, 2 if is_hip else num_stages)
+
+def read_triton_version(version: str) -> tuple[int, int]:
+    """The first two numbers of a version such as `3.2.0+git`."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+@functools.cache
+def name_architecture(device: torch.device) -> str:
+    """The chip of a GPU as the table above names it: `sm_90`, `gfx942`."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def few_rows_config(
+    architecture: str, bits: int, is_grouped: bool, num_rows: int, triton_version: tuple[int, int]
+) -> FewRowsConfig:
+    """The blocks for a product with few rows: of the configurations of the chip, the first that takes all rows."""
+    default = "gfx" if architecture.startswith("gfx") else "sm"
+    configs = FEW_ROWS_CONFIGS.get(architecture, FEW_ROWS_CONFIGS[default])
+    layout = "int8" if bits == 8 else "int4 groups" if is_grouped else "int4"
+    # Triton pads products of fewer than 16 rows since 3.5, and refuses them before.
+    fitting = [config for config in configs[layout] if config.block_rows >= 16 or triton_version >= (3, 5)]
+    return next((config for config in fitting if config.block_rows >= num_rows), fitting[-1])
 
 
 def run_few_rows(
@@ -266,37 +427,31 @@ def run_few_rows(
     config: FewRowsConfig,
     use_assembly: bool,
 ) -> torch.Tensor:
-    """`[rows, in]` -> `[rows, out]` by the kernel of the weight's width; `in` is a multiple of 8 for int4."""
+    """`[rows, in]` -> `[rows, out]` by the kernel of the weight's width, in one launch; `in` is a multiple of 8 for int4."""
     (num_rows, in_features), out_features = x.shape, weight.shape[0]
     is_int4 = weight.shape[1] != in_features
-    is_whole = config.num_splits == 1
-    shape = (config.num_splits, num_rows, out_features)
-    output = torch.empty(
-        shape[1:] if is_whole else shape, dtype=x.dtype if is_whole else torch.float32, device=x.device
-    )
+    output = torch.empty(num_rows, out_features, dtype=x.dtype, device=x.device)
     length = in_features // 8 if is_int4 else in_features
-    blocks_per_split = triton.cdiv(triton.cdiv(length, config.block_in), config.num_splits)
     options = {
         "BLOCK_OUT": config.block_out,
         "BLOCK_IN": config.block_in,
         "BLOCK_ROWS": config.block_rows,
-        "HAS_BIAS": is_whole and bias is not None,
+        "PARTS": config.parts,
+        "HAS_BIAS": bias is not None,
+        "IS_EVEN": length % (config.block_in * config.parts) == 0,
+        "ASSEMBLY": use_assembly,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    kernel, codes = int8_few_rows_kernel, weight
+    kernel, codes, sizes = int8_few_rows_kernel, weight, [out_features, length]
     if is_int4:
-        kernel, codes = int4_few_rows_kernel, weight.view(torch.int32)
-        x = x.view(num_rows, length, 8).transpose(1, 2).contiguous()
-        options["GROUP_SIZE"] = 0 if weight_scale.ndim == 1 else in_features // weight_scale.shape[1]
-        options["ASSEMBLY"] = use_assembly
-    sizes = (out_features, length, num_rows, blocks_per_split * config.block_in)
-    grid = (triton.cdiv(out_features, config.block_out), config.num_splits)
-    kernel[grid](x, codes, weight_scale, weight_scale if bias is None else bias, output, *sizes, **options)
-    if is_whole:
-        return output
-    total = output.sum(0)
-    return (total if bias is None else total.add_(bias)).to(x.dtype)
+        num_groups = 0 if weight_scale.ndim == 1 else weight_scale.shape[1]
+        kernel, codes, sizes = int4_few_rows_kernel, weight.view(torch.int32), [*sizes, num_groups]
+        options["GROUP_WORDS"] = length // num_groups if num_groups else 0
+    # Programs that read the same weight start one after the other, and find it in the cache.
+    grid = (triton.cdiv(num_rows, config.block_rows), triton.cdiv(out_features, config.block_out))
+    kernel[grid](x, codes, weight_scale, weight_scale if bias is None else bias, output, *sizes, num_rows, **options)
+    return output
 
 
 def triton_dequantize(
@@ -329,21 +484,43 @@ def can_use_triton(x: torch.Tensor) -> bool:
     return True
 
 
+def has_few_rows_kernel(
+    architecture: str,
+    bits: int,
+    group_size: int | None,
+    num_rows: int,
+    in_features: int,
+    triton_version: tuple[int, int],
+) -> bool:
+    """Whether a kernel multiplies the weight as it is stored; else it is decoded, which any version of Triton does."""
+    has_blocks = group_size is None or (bits == 4 and group_size >= 8 and group_size & (group_size - 1) == 0)
+    if not (0 < num_rows <= FEW_ROWS and in_features % 8 == 0 and has_blocks):
+        return False
+    major, minor = OLDEST_TRITON_OF.get(architecture, OLDEST_TRITON)
+    if triton_version < (major, minor):
+        logger.warning_once(
+            f"Quantized weights are decoded for every product, which is slow: on {architecture} the kernels that read them "
+            f"as they are need Triton {major}.{minor} (torch 2.{minor + 4}) or newer, and this is Triton "
+            f"{triton.__version__}."
+        )
+        return False
+    return True
+
+
 def triton_quantized_linear(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """`x @ (code * scale)^T + bias` on a GPU; for many rows the weight is decoded for the vendor's product."""
-    (num_rows, in_features), out_features = x.shape, weight.shape[0]
+    num_rows, in_features = x.shape
     bits = 8 * weight.shape[1] // in_features
+    is_grouped = weight_scale.ndim == 2
+    group_size = in_features // weight_scale.shape[1] if is_grouped else None
+    architecture, version = name_architecture(x.device), read_triton_version(triton.__version__)
     with torch.cuda.device_of(x):
-        if 0 < num_rows <= FEW_ROWS and in_features % 8 == 0:
-            is_hip = torch.version.hip is not None
-            num_multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-            is_grouped = weight_scale.ndim == 2
-            config = few_rows_config(
-                bits, is_grouped, num_rows, out_features, in_features, num_multiprocessors, is_hip
-            )
-            return run_few_rows(x.contiguous(), weight, weight_scale, bias, config, use_assembly=not is_hip)
+        if has_few_rows_kernel(architecture, bits, group_size, num_rows, in_features, version):
+            config = few_rows_config(architecture, bits, is_grouped, num_rows, version)
+            use_assembly = torch.version.hip is None
+            return run_few_rows(x.contiguous(), weight, weight_scale, bias, config, use_assembly)
         decoded = triton_dequantize(weight, weight_scale, in_features, x.dtype)
     return F.linear(x, decoded, None if bias is None else bias.to(x.dtype))
 

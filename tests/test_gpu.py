@@ -43,7 +43,8 @@ SHAPES = {
     "int4-64": (4, 4096, 13696, 64),
     "int4-128": (4, 67, 640, 128),
 }
-ROWS = (*range(1, 18), 64)
+# From one row to another block, to another number of blocks, and to decoding.
+ROWS = (*range(1, 18), 32, 33, 64, 65)
 SETTINGS: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8},
     "int4": {"bits": 4},
@@ -131,17 +132,19 @@ def test_scales_of_any_dtype(scale_dtype: torch.dtype, shape: str, kernels: Modu
         assert_close_to(kernels.quantized_linear(x, weight, scale), x.double() @ decoded.T, limit)
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 3, 8])
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
 @pytest.mark.parametrize("shape", ["int8-query_key_value", "int4-query_key_value", "int4-64"])
-def test_any_split_gives_the_same_sum_each_time(
-    shape: str, num_splits: int, kernels: ModuleType, gpu_kernels: ModuleType, make_weight: Callable
+def test_any_number_of_parts_gives_the_same_sum_each_time(
+    shape: str, parts: int, kernels: ModuleType, gpu_kernels: ModuleType, make_weight: Callable
 ) -> None:
     bits, out_features, in_features, group_size = SHAPES[shape]
     weight, scale = make_weight(shape)
     x = torch.randn(5, in_features, device="cuda", dtype=torch.float16)
     is_hip = torch.version.hip is not None
-    config = gpu_kernels.few_rows_config(bits, group_size is not None, 5, out_features, in_features, 132, is_hip)
-    config = config._replace(num_splits=num_splits)
+    version = gpu_kernels.read_triton_version(gpu_kernels.triton.__version__)
+    config = gpu_kernels.few_rows_config("gfx942" if is_hip else "sm_86", bits, group_size is not None, 5, version)
+    # With as little under way as fits into any chip.
+    config = config._replace(parts=parts, num_stages=1 if is_hip else 2)
     products = [gpu_kernels.run_few_rows(x, weight, scale, None, config, use_assembly=not is_hip) for _ in range(5)]
     product = products[0]
     assert all(again.equal(product) for again in products)
@@ -156,7 +159,7 @@ def test_the_way_without_assembly(
     bits, out_features, in_features, group_size = SHAPES[shape]
     weight, scale = make_weight(shape)
     decoded = kernels.dequantize_weight(weight, scale, in_features, torch.float64)
-    config = gpu_kernels.few_rows_config(bits, group_size is not None, 16, out_features, in_features, 132, True)
+    config = gpu_kernels.few_rows_config("gfx942", bits, group_size is not None, 16, (3, 3))
     for dtype, limit in LIMITS.items():
         x = torch.randn(16, in_features, device="cuda", dtype=dtype)
         product = gpu_kernels.run_few_rows(x, weight, scale, None, config, use_assembly=False)
@@ -176,7 +179,7 @@ def test_no_rows(kernels: ModuleType, make_weight: Callable) -> None:
     assert kernels.quantized_linear(torch.empty(0, 264, device="cuda").half(), weight, scale).shape == (0, 71)
 
 
-@pytest.mark.parametrize("num_rows", [1, 64])
+@pytest.mark.parametrize("num_rows", [1, 65])
 @pytest.mark.parametrize("shape", ["int8-odd", "int4-odd", "int4-32"])
 def test_gradient_to_the_input_and_the_bias(
     shape: str, num_rows: int, kernels: ModuleType, make_weight: Callable
@@ -192,7 +195,7 @@ def test_gradient_to_the_input_and_the_bias(
     assert_close_to(bias.grad, grad.double().sum(0), LIMITS[torch.bfloat16])
 
 
-@pytest.mark.parametrize("num_rows", [1, 20])
+@pytest.mark.parametrize("num_rows", [1, 65])
 @pytest.mark.parametrize("shape", ["int8-odd", "int4-odd", "int4-32"])
 def test_torch_finds_nothing_wrong_with_the_operators(
     shape: str, num_rows: int, kernels: ModuleType, make_weight: Callable
@@ -206,7 +209,7 @@ def test_torch_finds_nothing_wrong_with_the_operators(
     torch.library.opcheck(kernels.quantized_linear_backward, (grad, weight, scale, in_features), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("num_rows", [1, 9, 32])
+@pytest.mark.parametrize("num_rows", [1, 33, 65])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_layer_in_a_cuda_graph(settings: str, num_rows: int, source: Callable[[str], ModuleType]) -> None:
     linear = nn.Linear(256, 384).half().cuda()

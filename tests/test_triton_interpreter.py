@@ -15,7 +15,7 @@
 
 The interpreter has to be chosen before the kernels are imported, so that all of it runs in one other process: this
 file, which prints the error of every case. It cannot multiply bfloat16 and knows no assembly: the assembly is followed
-here instruction by instruction, for every byte.
+here instruction by instruction, for every byte. What is launched is counted there too.
 """
 
 import importlib
@@ -28,10 +28,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 # Out, in, columns that share a scale. No number of columns but the last fills its blocks; 24 is less than one.
@@ -39,14 +41,14 @@ INT8_SHAPES = ((67, 300, None), (33, 24, None), (32, 1024, None))
 INT4_SHAPES = ((67, 1000, None), (33, 24, None), (32, 2048, None))
 GROUP_SHAPES = ((67, 1120, 32), (33, 64, 32), (67, 1088, 64), (35, 128, 64), (67, 640, 128), (33, 1024, 256))
 SHAPES = [("int8", *shape) for shape in INT8_SHAPES] + [("int4", *shape) for shape in INT4_SHAPES + GROUP_SHAPES]
-# Rows, parts, dtypes of `x` and of the scales, whether there is a bias.
+# Rows, parts, dtypes of `x` and of the scales, whether there is a bias. 37 rows are a block and five of another.
 LAUNCHES = (
     (1, 1, "float16", "float16", False),
     (1, 2, "float32", "float32", True),
     (5, 4, "float16", "float32", True),
-    (8, 1, "float32", "bfloat16", True),
+    (8, 8, "float32", "bfloat16", True),
     (16, 1, "float16", "float16", True),
-    (16, 4, "float32", "float16", False),
+    (37, 4, "float32", "float16", False),
 )
 DECODED = [*SHAPES, ("int8", 5, 66, None), ("int4", 5, 66, None)]
 
@@ -86,9 +88,37 @@ def test_dequantize_is_exact(errors: dict[str, float], case: tuple[Any, ...]) ->
     assert errors[name(case)] == 0
 
 
-@pytest.mark.parametrize("case", ["linear-int8-3", "linear-int4-3", "linear-int4-17", "linear-int4-narrow"])
+@pytest.mark.parametrize(
+    "case", ["int8-3", "int4-3", "int4-17", "int4-64", "int4-65", "int4-narrow", "int4-old-triton"]
+)
 def test_linear_chooses_a_kernel(errors: dict[str, float], case: str) -> None:
-    assert errors[case] < LIMITS["float32"]
+    assert errors[f"linear-{case}"] < LIMITS["float32"]
+
+
+LAUNCHED = {
+    "int8-3": ["int8_few_rows_kernel"],
+    "int4-3": ["int4_few_rows_kernel"],
+    "int4-64": ["int4_few_rows_kernel"],
+    "int4-65": ["dequantize_kernel"],
+    "int4-narrow": ["dequantize_kernel"],
+    "int4-old-triton": ["dequantize_kernel"],
+}
+
+
+@pytest.mark.parametrize("case", LAUNCHED)
+def test_a_product_is_one_launch(errors: dict[str, Any], case: str) -> None:
+    """The input is read as it is and no parts are added afterwards, and nothing but the result takes memory."""
+    launched, operators = errors[f"launched-{case}"]
+    assert launched == LAUNCHED[case]
+    # Views launch nothing.
+    work = [name for name in operators if name not in ("aten.view", "aten.t", "aten.detach")]
+    assert work == (["aten.empty"] if "few_rows" in launched[0] else ["aten.empty", "aten.addmm"])
+
+
+def test_old_triton_is_said(errors: dict[str, Any]) -> None:
+    (message,) = errors["warnings"]
+    assert "on gfx942" in message
+    assert "need Triton 3.3 (torch 2.7) or newer, and this is Triton 3.2.0" in message
 
 
 def float16_value(bits: int) -> float:
@@ -99,9 +129,10 @@ def bfloat16_value(bits: int) -> float:
     return torch.tensor(bits - (bits >> 15 << 16), dtype=torch.int16).view(torch.bfloat16).item()
 
 
-def run_assembly(text: str, words: tuple[int, int]) -> list[tuple[float, float]]:
-    """What the assembly puts into its eight outputs, as pairs of numbers; an instruction it does not know fails."""
-    registers = {"$8": words[0], "$9": words[1]}
+def run_assembly(text: str, words: tuple[int, ...]) -> list[tuple[float, float]]:
+    """What the assembly puts into its outputs, as pairs of numbers; an instruction it does not know fails."""
+    num_outputs = 8 if "$8" in text else 2
+    registers = {f"${num_outputs + place}": word for place, word in enumerate(words)}
     value = bfloat16_value if "bf16x2" in text else float16_value
 
     def read(operand: str) -> int:
@@ -121,6 +152,8 @@ def run_assembly(text: str, words: tuple[int, int]) -> list[tuple[float, float]]
             source = words_to_bytes(read(operands[0]), read(operands[1]))
             selectors = [(read(operands[2]) >> shift) & 15 for shift in (0, 4, 8, 12)]
             registers[target] = int.from_bytes(bytes(source[selector] for selector in selectors), "little")
+        elif operation == "xor.b32":
+            registers[target] = read(operands[0]) ^ read(operands[1])
         elif operation == "shr.u32":
             registers[target] = read(operands[0]) >> int(operands[1])
         elif operation == "lop3.b32":
@@ -132,7 +165,7 @@ def run_assembly(text: str, words: tuple[int, int]) -> list[tuple[float, float]]
         else:
             assert operation == "add.rn.f16x2", line
             outputs[target] = tuple(a + b for a, b in zip(*(halves(operand) for operand in operands)))
-    return [outputs[f"${index}"] for index in range(8)]
+    return [outputs[f"${index}"] for index in range(num_outputs)]
 
 
 def words_to_bytes(*words: int) -> bytes:
@@ -150,6 +183,15 @@ def test_assembly_decodes_every_byte(source: Callable[[str], ModuleType], is_bfl
         expected = codes.view(2, 8).t().tolist()
         words = [int.from_bytes(stored[start : start + 4], "little") for start in (0, 4)]
         assert [list(pair) for pair in run_assembly(text, words)] == expected
+
+
+@pytest.mark.parametrize("is_bfloat16", [False, True])
+def test_assembly_decodes_every_int8(source: Callable[[str], ModuleType], is_bfloat16: bool) -> None:
+    text = source("quantization_triton").write_int8_assembly(is_bfloat16)
+    for first in range(256):
+        stored = bytes((first + step) % 256 for step in (0, 37, 74, 111))
+        pairs = run_assembly(text, (int.from_bytes(stored, "little"),))
+        assert [value for pair in pairs for value in pair] == [byte - (byte >> 7 << 8) for byte in stored]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,8 +221,8 @@ def product_error(
     x = torch.randn(rows, in_features).to(getattr(torch, dtype))
     bias = torch.randn(out_features) if has_bias else None
     bits = 8 if layout == "int8" else 4
-    config = gpu_kernels.few_rows_config(bits, group_size is not None, rows, out_features, in_features, 1, False)
-    result = gpu_kernels.run_few_rows(x, weight, scale, bias, config._replace(num_splits=parts), use_assembly=False)
+    config = gpu_kernels.few_rows_config("sm_80", bits, group_size is not None, rows, (3, 7))
+    result = gpu_kernels.run_few_rows(x, weight, scale, bias, config._replace(parts=parts), use_assembly=False)
     decoded = kernels.dequantize_weight(weight, scale, in_features, torch.float64)
     assert result.dtype == x.dtype
     return greatest_error(result, F.linear(x.double(), decoded, None if bias is None else bias.double()))
@@ -194,6 +236,41 @@ def linear_error(kernels: ModuleType, layout: str, rows: int, in_features: int =
     return greatest_error(kernels.triton_quantized_linear(x, weight, scale, bias), expected)
 
 
+class Recorder(TorchDispatchMode):
+    """The operators of torch that run, and the kernels that would be launched on a GPU, which it stands in for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched: list[str] = []
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.append(str(function.overloadpacket))
+        return function(*args, **kwargs or {})
+
+    def stand_in(self, name: str) -> Any:
+        recorder = self
+
+        class Kernel:
+            def __getitem__(self, grid: Any) -> Any:
+                return lambda *args, **options: recorder.launched.append(name)
+
+        return Kernel()
+
+
+def record_launches(
+    kernels: ModuleType, gpu_kernels: ModuleType, layout: str, rows: int, in_features: int = 264
+) -> Any:
+    weight, scale = make_weight(layout, 35, in_features, None, "float16")
+    x, bias = torch.randn(rows, in_features), torch.randn(35)
+    recorder = Recorder()
+    names = ("int8_few_rows_kernel", "int4_few_rows_kernel", "dequantize_kernel")
+    replaced = {name: recorder.stand_in(name) for name in names}
+    with patch.multiple(gpu_kernels, **replaced), recorder:
+        kernels.triton_quantized_linear(x, weight, scale, bias)
+    return recorder.launched, recorder.operators
+
+
 def print_errors() -> None:
     package = sys.modules["chatglm_source"] = ModuleType("chatglm_source")
     package.__path__ = [str(Path(__file__).resolve().parent.parent)]
@@ -201,7 +278,7 @@ def print_errors() -> None:
         importlib.import_module(f"chatglm_source.quantization_{name}") for name in ("kernels", "triton")
     )
     torch.manual_seed(0)
-    found = {name(case): product_error(kernels, gpu_kernels, *case) for case in PRODUCTS}
+    found: dict[str, Any] = {name(case): product_error(kernels, gpu_kernels, *case) for case in PRODUCTS}
     for layout, out_features, in_features, group_size, dtype in DEQUANTIZED:
         weight, scale = make_weight(layout, out_features, in_features, group_size, "float16")
         arguments = (weight, scale, in_features, getattr(torch, dtype))
@@ -209,11 +286,16 @@ def print_errors() -> None:
         found[name((layout, out_features, in_features, group_size, dtype))] = greatest_error(result, expected)
     # As on an AMD GPU, whose kernels have no assembly.
     torch.version.hip = "6.0"
-    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=4)
-    found["linear-int8-3"] = linear_error(kernels, "int8", 3)
-    found["linear-int4-3"] = linear_error(kernels, "int4", 3)
-    found["linear-int4-17"] = linear_error(kernels, "int4", 17)
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(gcnArchName="gfx942:sramecc+")
+    for layout, rows in (("int8", 3), ("int4", 3), ("int4", 17), ("int4", 64), ("int4", 65)):
+        found[f"linear-{layout}-{rows}"] = linear_error(kernels, layout, rows)
+        found[f"launched-{layout}-{rows}"] = record_launches(kernels, gpu_kernels, layout, rows)
     found["linear-int4-narrow"] = linear_error(kernels, "int4", 3, in_features=36)
+    found["launched-int4-narrow"] = record_launches(kernels, gpu_kernels, "int4", 3, in_features=36)
+    with patch.object(gpu_kernels.triton, "__version__", "3.2.0"), patch.object(gpu_kernels, "logger") as logger:
+        found["linear-int4-old-triton"] = linear_error(kernels, "int4", 3)
+        found["warnings"] = [call.args[0] for call in logger.warning_once.call_args_list]
+        found["launched-int4-old-triton"] = record_launches(kernels, gpu_kernels, "int4", 3)
     print(json.dumps(found))
 
 
