@@ -9,6 +9,8 @@
 #   make test-programs                    programs of others, such as lm_eval, on all generations
 #   make conformance                      Transformers' own tests of models and tokenizers
 #   make bench                            every benchmark, small enough for a laptop
+#   make bench ARGS='peers --full'        one of them, as the figures in docs/ were made
+#   make bench-gpu                        the quantized weights on a GPU, at the size of ChatGLM3-6B
 #   make docs-check                       every command of the READMEs and of docs/
 
 PYTHON ?= python3
@@ -24,7 +26,7 @@ CONFORMANCE := .conformance
 # The files mlinter has rules for.
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py tokenization_*.py generation_*.py)
 
-.PHONY: setup chat test test-grid test-floor test-programs conformance style fix bench docs-check
+.PHONY: setup chat test test-grid test-floor test-programs conformance style fix bench bench-gpu docs-check
 
 setup: $(NEWEST)/installed
 
@@ -58,6 +60,9 @@ fix: setup
 
 bench: setup
 	$(NEWEST)/bin/python benchmarks/run.py $(ARGS)
+
+bench-gpu: setup
+	$(NEWEST)/bin/python benchmarks/quantized.py --device cuda --layers 28 --json output/benchmarks/gpu.json $(ARGS)
 
 docs-check: setup
 	$(NEWEST)/bin/python scripts/docs_check.py $(ARGS)

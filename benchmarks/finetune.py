@@ -19,15 +19,13 @@ model with the same weights. The two take turns; the ratio is the median over th
 """
 
 import argparse
-import json
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import peft
 import torch
-from decode import REPOSITORY, build_models
+from slices import REPOSITORY, build_native, build_slice, load_module
+from timing import take_turns, time_steps, write_report
 
 
 # Bytes for each trained parameter: its gradient and two moments of Adam in float32, and itself in float32.
@@ -65,15 +63,10 @@ def count_parameters(model_class: type) -> list[tuple[str, int, int]]:
     ]
 
 
-def time_step(model: torch.nn.Module, input_ids: torch.Tensor) -> float:
-    """Seconds of a forward and a backward pass."""
-    start = time.perf_counter()
+def take_step(model: torch.nn.Module, input_ids: torch.Tensor) -> None:
+    """A forward and a backward pass."""
     model(input_ids=input_ids, labels=input_ids).loss.backward()
-    if input_ids.device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
     model.zero_grad(set_to_none=True)
-    return seconds
 
 
 def adapt(model: torch.nn.Module, name: str) -> torch.nn.Module:
@@ -84,7 +77,8 @@ def adapt(model: torch.nn.Module, name: str) -> torch.nn.Module:
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
     """Tokens per second of both models, with all weights and with LoRA, with and without gradient checkpointing."""
-    models = build_models(arguments.layers, getattr(torch, arguments.dtype), arguments.device)
+    model = build_slice(arguments.layers, getattr(torch, arguments.dtype), arguments.device)
+    models = {"chatglm": model, "native glm": build_native(model)}
     input_ids = torch.randint(3, 60000, (arguments.batch, arguments.length), device=arguments.device)
     figures = []
     for method in ("full", "LoRA"):
@@ -96,19 +90,21 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
                 if method == "LoRA":
                     model.enable_input_require_grads()
                 (model.gradient_checkpointing_enable if checkpointing else model.gradient_checkpointing_disable)()
-            seconds: dict[str, list[float]] = {name: [] for name in models}
-            for _ in range(arguments.rounds + 1):
-                for name, model in models.items():
-                    seconds[name].append(time_step(model, input_ids))
-            seconds = {name: values[1:] for name, values in seconds.items()}  # The first round warms up.
-            ratios = [native / ours for ours, native in zip(seconds["chatglm"], seconds["native glm"])]
+            series = take_turns(
+                {
+                    name: lambda model=model: time_steps(lambda: take_step(model, input_ids), device=arguments.device)
+                    for name, model in models.items()
+                },
+                arguments.rounds,
+            )
+            low, ratio, high = series["chatglm"].ratios_to(series["native glm"])
             figure: dict[str, object] = {"method": method, "checkpointing": checkpointing}
-            figure |= {name: input_ids.numel() / statistics.median(values) for name, values in seconds.items()}
-            figures.append(figure | {"ratio": statistics.median(ratios)})
+            figure |= {name: input_ids.numel() / one.median for name, one in series.items()}
+            figures.append(figure | {"ratio": ratio})
             print(
                 f"{method:5} checkpointing {'on ' if checkpointing else 'off'} "
                 + ", ".join(f"{name} {figure[name]:6.1f} tokens/s" for name in models)
-                + f", ratio {figures[-1]['ratio']:.3f} ({min(ratios):.3f}-{max(ratios):.3f})",
+                + f", ratio {ratio:.3f} ({low:.3f}-{high:.3f})",
                 flush=True,
             )
     return figures
@@ -128,18 +124,14 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = read_arguments()
-    models = build_models(1, torch.bfloat16, "cpu")
-    counts = count_parameters(type(models["chatglm"]))
-    del models
+    counts = count_parameters(load_module("modeling_chatglm").ChatGLMForConditionalGeneration)
     for name, trained, total in counts:
         print(
             f"{name:40} {trained / 1e6:9.2f} of {total / 1e6:.0f} million parameters trained, "
             f"{trained * BYTES_PER_TRAINED / 1e9:6.2f} GB for them, their gradients and Adam"
         )
     figures = measure(arguments)
-    if arguments.json:
-        report = {"parameters": counts, "speed": figures, "threads": torch.get_num_threads()}
-        arguments.json.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_report(arguments.json, {"parameters": counts, "speed": figures})
     return 0
 
 

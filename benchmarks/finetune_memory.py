@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import write_report
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -95,12 +96,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
+    figures = []
     print("| tokens | one sample | four packed samples (sdpa) | one sample, library's loss |\n|---|---|---|---|")
     for length in arguments.lengths:
         ways: tuple[dict[str, Any], ...] = ({}, {"num_samples": 4}, {"whole_scores": True})
-        peaks = (peak_bytes(length, arguments.layers, **way) for way in ways)
+        peaks = [peak_bytes(length, arguments.layers, **way) for way in ways]
         print(f"| {length} | " + " | ".join(f"{peak / 1e9:.1f} GB" for peak in peaks) + " |", flush=True)
+        figures.append({"tokens": length, "bytes": peaks})
+    write_report(arguments.json, {"figures": figures})
     return 0
 
 

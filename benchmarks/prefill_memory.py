@@ -24,12 +24,8 @@ import sys
 from pathlib import Path
 
 import torch
-
-
-# The examples' helper loads this checkout's code.
-sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
-
-from local_code import load_module  # noqa: E402
+from slices import load_module
+from timing import write_report
 
 
 def peak_megabytes() -> float:
@@ -64,18 +60,22 @@ def main() -> int:
     parser.add_argument(
         "--one", type=int, nargs=2, metavar=("LENGTH", "CHUNK"), help="measure one case; chunk 0: whole"
     )
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     if arguments.one:
         length, chunk = arguments.one
         print(measure(length, chunk or None))
         return 0
     print(f"{'tokens':>8} {'whole, MB':>12} {f'by {arguments.chunk}, MB':>14}")
+    figures = []
     for length in arguments.lengths:
         megabytes = [
             float(subprocess.check_output([sys.executable, __file__, "--one", str(length), str(chunk)], text=True))
             for chunk in (0, arguments.chunk)
         ]
         print(f"{length:8} {megabytes[0]:12.0f} {megabytes[1]:14.0f}", flush=True)
+        figures.append({"tokens": length, "whole": megabytes[0], "in_chunks": megabytes[1]})
+    write_report(arguments.json, {"megabytes": figures})
     return 0
 
 

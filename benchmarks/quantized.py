@@ -30,25 +30,18 @@ import copy
 import json
 import math
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from slices import REPOSITORY, build_native, build_slice, load_module, load_tokenizer
+from timing import anonymous_bytes, median_seconds, print_table, write_report
 from torch import nn
-
-
-# The examples' helper loads this checkout's code.
-sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
-
-from local_code import REPOSITORY, load_module, load_tokenizer  # noqa: E402
 
 
 BUNDLED = REPOSITORY / "examples" / "tiny-chatglm3"
@@ -91,37 +84,11 @@ def load_code() -> tuple[ModuleType, type]:
     return load_module("quantization"), load_module("modeling_chatglm").ChatGLMForConditionalGeneration
 
 
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def median_seconds(runs: dict[str, Callable[[], Any]], rounds: int, device: str, repeats: int = 1) -> dict[str, float]:
-    """Median seconds of each run; they take turns, and the first round warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 1):
-        for name, run in runs.items():
-            synchronize(device)
-            start = time.perf_counter()
-            for _ in range(repeats):
-                run()
-            synchronize(device)
-            seconds[name].append((time.perf_counter() - start) / repeats)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
 def copy_bandwidth(device: str) -> float:
     """Bytes read and written per second when a large tensor is copied."""
     source = torch.ones(2**29, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / median_seconds({"copy": lambda: target.copy_(source)}, 9, device)["copy"]
-
-
-def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    print(f"\n{title}\n")
-    for row in (header, ["-" * width for width in widths], *rows):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
 
 
 @torch.no_grad()
@@ -180,21 +147,13 @@ def measure_layers(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def build_models(arguments: argparse.Namespace) -> dict[str, nn.Module]:
-    """The slice in bfloat16 and float16, and quantized from float16, the dtype of most published checkpoints."""
-    _, model_class = load_code()
-    config_class = model_class.config_class
-    config = config_class.from_pretrained(
-        REPOSITORY, num_hidden_layers=arguments.layers, vocab_size=arguments.vocab, dtype=torch.float16
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float16)
-    with torch.device(arguments.device):
-        model = model_class(config).eval()
-    torch.set_default_dtype(torch.float32)
+    """The slice in bfloat16 and float16, quantized from float16, as most are published, and the native one in bfloat16."""
+    model = build_slice(arguments.layers, torch.float16, arguments.device, vocab_size=arguments.vocab)
     models = {"bfloat16": copy.deepcopy(model).bfloat16(), "float16": model}
     dtype = getattr(torch, arguments.dtype)
     for name, settings in MODEL_SETTINGS.items():
         models[name] = copy.deepcopy(model).to(dtype).quantize(**settings)
+    models["native glm, bfloat16"] = build_native(models["bfloat16"])
     return models
 
 
@@ -251,14 +210,6 @@ def measure_model(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return figures
 
 
-def anonymous_bytes() -> int:
-    """Memory of this process without mapped files (Linux)."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("RssAnon"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError("This system does not report anonymous memory.")
-
-
 def load_quantized(folder: str, device: str, bits: int) -> None:
     """Quantize on load and print, as JSON, the peak of memory, the model's size and its largest float tensor."""
     _, model_class = load_code()
@@ -289,15 +240,9 @@ def load_quantized(folder: str, device: str, bits: int) -> None:
 
 
 def measure_memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    _, model_class = load_code()
-    config = model_class.config_class.from_pretrained(
-        REPOSITORY, num_hidden_layers=arguments.layers, dtype=torch.float16
-    )
-    torch.set_default_dtype(torch.float16)
     figures = []
     with tempfile.TemporaryDirectory() as folder:
-        model_class(config).save_pretrained(folder)
-        torch.set_default_dtype(torch.float32)
+        build_slice(arguments.layers, torch.float16).save_pretrained(folder)
         for bits in (8, 4):
             call = f"import quantized; quantized.load_quantized({folder!r}, {arguments.device!r}, {bits})"
             output = subprocess.run(
@@ -409,9 +354,7 @@ def main() -> int:
     arguments = read_arguments()
     measures = {"layers": measure_layers, "model": measure_model, "memory": measure_memory, "quality": measure_quality}
     report = {part: measures[part](arguments) for part in PARTS if part in arguments.parts}
-    if arguments.json:
-        report["settings"] = {**vars(arguments), "json": str(arguments.json), "threads": torch.get_num_threads()}
-        arguments.json.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_report(arguments.json, {**report, "settings": vars(arguments)})
     return 0
 
 

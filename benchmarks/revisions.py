@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import anonymous_bytes, quartiles, write_report
 from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -101,12 +102,6 @@ def print_load(code: str, folder: str, bits: int) -> None:
     print(json.dumps([seconds, anonymous_bytes() - before]))
 
 
-def anonymous_bytes() -> int:
-    """Memory of this process without mapped files (Linux)."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
-
-
 def compare_loading(codes: list[Path], folder: Path, rounds: int) -> list[dict[str, Any]]:
     figures = []
     for bits in (8, 4):
@@ -153,7 +148,7 @@ def compare(classes: list[Any], folder: Path, arguments: argparse.Namespace) -> 
             for batch in arguments.batches:
                 seconds, difference = time_tokens(models, batch, arguments)
                 ratios = [new / old for old, new in zip(*seconds)]
-                low, ratio, high = statistics.quantiles(ratios, n=4)
+                low, ratio, high = quartiles(ratios)
                 older, this = (1e3 * statistics.median(times) for times in seconds)
                 print(
                     f"| {name} | {dtype} | {batch} | {older:.1f} | {this:.1f} | {ratio:.3f} | {low:.2f}-{high:.2f} | "
@@ -194,9 +189,7 @@ def main() -> int:
         loads = compare_loading([older, REPOSITORY], checkpoint, arguments.loads) if arguments.loads else []
     slowest = max(figures, key=lambda figure: figure["ratio"])
     print(f"\nslowest beside the older code: {slowest['weights']}, batch {slowest['batch']}: {slowest['ratio']:.3f}")
-    if arguments.json:
-        report = {"threads": torch.get_num_threads(), "figures": figures, "loads": loads}
-        arguments.json.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_report(arguments.json, {"figures": figures, "loads": loads})
     return 0
 
 

@@ -14,7 +14,7 @@
 """Runs every benchmark of this folder: `python benchmarks/run.py [NAME ...]`, or `make bench`.
 
 By default each one is small enough for a laptop, which shows that it works rather than how fast the code is. `--full`
-runs them as the figures in `docs/` were made.
+runs them as the figures in `docs/` were made. The figures are kept as JSON in `output/benchmarks/`.
 """
 
 import argparse
@@ -25,11 +25,13 @@ from pathlib import Path
 
 
 FOLDER = Path(__file__).resolve().parent
+FIGURES = FOLDER.parent / "output" / "benchmarks"
 # One layer at the width of ChatGLM3-6B, a few rounds.
 QUICK = {
-    "decode": ["--layers=1", "--tokens=4", "--rounds=2"],
+    "family": ["--layers=2", "--vocab=8192", "--contexts=64", "--steps=1", "--rounds=3"],
     "finetune": ["--layers=1", "--length=16", "--rounds=1"],
     "finetune_memory": ["--layers=2", "--lengths=1024"],
+    "peers": ["--layers=1", "--vocab=8192", "--batches", "1", "4", "--prefill=64", "--steps=2", "--rounds=3"],
     "prefill_memory": ["--lengths", "2048", "4096"],
     "quantized": ["--layers=1", "--vocab=8192", "--rows=1", "--prompt=32", "--tokens=8", "--rounds=2"],
     "revisions": ["--layers=1", "--weights", "int4", "--dtypes", "float16", "--batches=1", "--tokens=4", "--loads=1"],
@@ -46,6 +48,7 @@ def main() -> int:
     failed = []
     for name in arguments.names:
         settings = [] if arguments.full else QUICK[name]
+        settings = [*settings, f"--json={FIGURES / name}.json"]
         print(f"== {name}.py {' '.join(settings)}", flush=True)
         start = time.perf_counter()
         code = subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), *settings], check=False).returncode
