@@ -264,3 +264,27 @@ def test_no_other_configuration(kernels: ModuleType, arch: int | str, triton_ver
                     in kernels.SMALL_SHARED_MEMORY["int8" if bits == 8 else ("int4 groups" if is_grouped else "int4")]
                 )
     assert set(kernels.FEW_ROWS_CONFIGS) == {name_of(arch) for arch in SHARED_MEMORY} | {"gfx942", "sm", "gfx"}
+
+
+@pytest.mark.parametrize(
+    ("arch", "oldest"),
+    [("sm_80", (3, 3)), ("sm_90", (3, 3)), ("gfx942", (3, 3)), ("sm_120", (3, 4)), ("sm_121", (3, 4))],
+)
+def test_no_kernel_is_launched_that_an_older_triton_cannot_compile(
+    kernels: ModuleType, arch: str, oldest: tuple[int, int]
+) -> None:
+    major, minor = oldest
+    for version in ((3, 2), (3, 3), (3, 4), (3, 5), (4, 0)):
+        assert kernels.has_few_rows_kernel(arch, 4, None, 1, 4096, version) == (version >= (major, minor))
+
+
+def test_what_is_decoded_instead(kernels: ModuleType) -> None:
+    """Too many rows, columns that are no whole words, and groups that are no power of two."""
+    assert kernels.has_few_rows_kernel("sm_90", 4, 32, kernels.FEW_ROWS, 4096, (3, 7))
+    for group_size, num_rows, in_features in (
+        (32, kernels.FEW_ROWS + 1, 4096),
+        (None, 1, 36),
+        (96, 1, 960),
+        (32, 0, 64),
+    ):
+        assert not kernels.has_few_rows_kernel("sm_90", 4, group_size, num_rows, in_features, (3, 7))
