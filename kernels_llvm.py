@@ -45,6 +45,8 @@ WEIGHT_ROWS = 4
 INPUT_ROWS = 4
 # Rows of the weight that a thread takes at a time.
 TASK_ROWS = 32
+# Processors that have these have 32 registers of 64 bytes; others that kernels are for have 16 of 32 bytes.
+WIDE_FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,10 +160,10 @@ class Program:
     def smaller(self, one: Any, other: Any) -> Any:
         return self.builder.select(self.builder.icmp_signed("<", one, other), one, other)
 
-    def pick(self, vector: Any, lanes: Sequence[int]) -> Any:
-        """A vector of the given lanes of another."""
+    def pick(self, vector: Any, lanes: Sequence[int], other: Any = None) -> Any:
+        """A vector of the given lanes of one vector, or of one and another behind it."""
         order = ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes))
-        return self.builder.shuffle_vector(vector, self.undefined(vector.type), order)
+        return self.builder.shuffle_vector(vector, self.undefined(vector.type) if other is None else other, order)
 
     def spread(self, value: Any, lanes: int) -> Any:
         """A vector with the same value in every lane."""
@@ -204,37 +206,63 @@ class Program:
         return carried
 
 
-class RowsProgram(Program):
-    """A function that multiplies with a few rows of a weight at a time, until the threads have taken all of them.
+class TasksProgram(Program):
+    """A function that several threads run at once: each takes some of many numbers at a time, until all are taken.
 
-    Its argument is the address of 64-bit integers, which the threads share; tensors are given by their addresses. What
-    would be a row behind the last one is the last one again: nothing is read that is not the weight's.
+    Its argument is the address of 64-bit integers, which the threads share. The first counts what is taken.
 
     Args:
-        arguments: names of those integers; the first are those of `common_arguments`.
+        arguments: names of those integers; tensors are given by their addresses.
+        step: how many numbers a thread takes at a time.
+        total: the name of how many there are.
+    """
+
+    def __init__(self, arguments: tuple[str, ...], step: int, total: str) -> None:
+        super().__init__(1)
+        (address,) = self.function.args
+        self.arguments = {name: self.load(self.sum(address, 8 * place), INT64) for place, name in enumerate(arguments)}
+        self.begin()
+        builder = self.builder
+        take, work, done = (self.function.append_basic_block() for _ in range(3))
+        builder.branch(take)
+        builder.position_at_end(take)
+        first = builder.atomic_rmw("add", self.pointer(address), self.constant(step), "monotonic")
+        builder.cbranch(builder.icmp_signed("<", first, self.arguments[total]), work, done)
+        builder.position_at_end(work)
+        self.work(first)
+        builder.branch(take)
+        builder.position_at_end(done)
+        builder.ret_void()
+
+    def begin(self) -> None:
+        """What a thread does first."""
+
+    def work(self, first: Any) -> None:
+        """What a thread does with the numbers that it has taken."""
+        raise NotImplementedError
+
+
+class RowsProgram(TasksProgram):
+    """A function that multiplies with a few rows of a weight at a time, until the threads have taken all of them.
+
+    What would be a row behind the last one is the last one again: nothing is read that is not the weight's.
+
+    Args:
+        arguments: names of what follows the common arguments.
         dtype: of the bias and of the output, float16 or bfloat16.
         input_rows: rows of the input that are multiplied at a time.
     """
 
-    # `next_row` counts the rows that are taken. Two rows of a bias are `bias_step` bytes apart: none, without a bias.
+    # Two rows of a bias are `bias_step` bytes apart: none, without a bias.
     common_arguments = ("next_row", "out_features", "num_rows", "output", "bias", "bias_step", "weight", "row_bytes")
 
     def __init__(self, arguments: tuple[str, ...], dtype: torch.dtype, input_rows: int) -> None:
-        super().__init__(1)
         self.dtype, self.input_rows = dtype, input_rows
-        (address,) = self.function.args
-        self.arguments = {name: self.load(self.sum(address, 8 * place), INT64) for place, name in enumerate(arguments)}
-        builder, out_features = self.builder, self.arguments["out_features"]
-        take, work, done = (self.function.append_basic_block() for _ in range(3))
-        builder.branch(take)
-        builder.position_at_end(take)
-        row = builder.atomic_rmw("add", self.pointer(address), self.constant(TASK_ROWS), "monotonic")
-        builder.cbranch(builder.icmp_signed("<", row, out_features), work, done)
-        builder.position_at_end(work)
-        self.loop(row, self.smaller(self.sum(row, TASK_ROWS), out_features), WEIGHT_ROWS, [], self.multiply_rows)
-        builder.branch(take)
-        builder.position_at_end(done)
-        builder.ret_void()
+        super().__init__((*self.common_arguments, *arguments), TASK_ROWS, "out_features")
+
+    def work(self, first: Any) -> None:
+        stop = self.smaller(self.sum(first, TASK_ROWS), self.arguments["out_features"])
+        self.loop(first, stop, WEIGHT_ROWS, [], self.multiply_rows)
 
     def multiply_rows(self, row: Any, _: list[Any]) -> list[Any]:
         """Some rows of the weight, with all rows of the input."""
@@ -334,10 +362,16 @@ def processor_has(*features: str) -> bool:
     return all(processor_features().get(name) for name in features)
 
 
+@cache
+def rows_at_a_time() -> int:
+    """Rows of the input that a [`RowsProgram`] should multiply at a time."""
+    return INPUT_ROWS if processor_has(*WIDE_FEATURES) else 1
+
+
 # The process whose OpenMP threads the kernels have used.
 openmp_process: int | None = None
-# The bias of layers that have none.
-NO_BIAS = ctypes.c_uint64(0)
+# The bias of layers that have none: 16 zeros.
+NO_BIAS = (ctypes.c_uint16 * 16)()
 NO_BIAS_ADDRESS = ctypes.addressof(NO_BIAS)
 
 
@@ -356,9 +390,7 @@ def multiply_rows(
     output: torch.Tensor,
     *arguments: int,
 ) -> None:
-    """Run a [`RowsProgram`] in several of torch's threads at once, or in this one alone.
-
-    A forked process inherits the note that those threads exist, but not the threads, and would wait for them forever.
+    """Run a [`RowsProgram`].
 
     Args:
         num_rows: rows of the input.
@@ -367,14 +399,32 @@ def multiply_rows(
         output: `[rows, out]`.
         arguments: what follows the common arguments.
     """
-    global openmp_process
     out_features, row_bytes = weight.shape[0], weight.nbytes // weight.shape[0]
     bias_address, bias_step = (NO_BIAS_ADDRESS, 0) if bias is None else (bias.data_ptr(), 2)
-    common = (0, out_features, num_rows, output.data_ptr(), bias_address, bias_step, weight.data_ptr(), row_bytes)
-    shared = (ctypes.c_uint64 * (8 + len(arguments)))(*common, *arguments)
-    num_threads = min(torch.get_num_threads(), -(-out_features // TASK_ROWS))
-    parallel = load_openmp()
-    if parallel is None or num_threads == 1 or openmp_process not in (None, os.getpid()):
+    common = (out_features, num_rows, output.data_ptr(), bias_address, bias_step, weight.data_ptr(), row_bytes)
+    run_tasks(kernel, -(-out_features // TASK_ROWS), *common, *arguments)
+
+
+def count_threads(num_tasks: int) -> int:
+    """In how many of torch's threads tasks are run.
+
+    A forked process inherits the note that those threads exist, but not the threads, and would wait for them forever.
+    """
+    is_alone = load_openmp() is None or openmp_process not in (None, os.getpid())
+    return 1 if is_alone else min(torch.get_num_threads(), num_tasks)
+
+
+def run_tasks(kernel: Kernel, num_tasks: int, *arguments: int) -> None:
+    """Run a [`TasksProgram`] in several of torch's threads at once, or in this one alone.
+
+    Args:
+        num_tasks: how often a thread can take something.
+        arguments: all but the first.
+    """
+    global openmp_process
+    shared = (ctypes.c_uint64 * (1 + len(arguments)))(0, *arguments)
+    num_threads, parallel = count_threads(num_tasks), load_openmp()
+    if num_threads == 1 or parallel is None:
         kernel.run(ctypes.addressof(shared))
         return
     openmp_process = os.getpid()
@@ -398,21 +448,28 @@ __all__ = [
     "BYTES",
     "FLOAT",
     "FLOATS",
+    "HALF",
     "HALF_DTYPES",
-    "INPUT_ROWS",
     "INT1",
     "INT16",
     "INT32",
+    "INT8",
     "INTS",
+    "NO_BIAS_ADDRESS",
     "WEIGHT_ROWS",
+    "WIDE_FEATURES",
     "WORDS",
     "Kernel",
     "Program",
     "RowsProgram",
+    "TasksProgram",
     "can_add_bias",
     "compile_kernel",
+    "count_threads",
     "has_kernels",
     "multiply_rows",
     "own_name",
     "processor_has",
+    "rows_at_a_time",
+    "run_tasks",
 ]

@@ -19,8 +19,8 @@ What is unusual here:
   as long, hence the kernels here: they read the weight as it is, multiply and add in float32, and round once.
 - Kernels have no gradient. Wherever one may be asked for, where a program is traced or exported, and for tensors of
   other classes, the layer is torch's.
-- Many rows of float16 are multiplied in float32, a part of the weight at a time: in float16 itself, most CPUs are
-  several times slower.
+- Many rows of float16 are multiplied in bfloat16, where the processor does that in pairs, with sums in float32; and in
+  float32, a part of the weight at a time, elsewhere. In float16 itself most CPUs are several times slower.
 - Compilers see one operator, `torch.ops.chatglm.linear`.
 """
 
@@ -34,7 +34,6 @@ from torch.nn import functional as F
 from .kernels_llvm import (
     BFLOATS,
     FLOATS,
-    INPUT_ROWS,
     Kernel,
     RowsProgram,
     can_add_bias,
@@ -43,14 +42,16 @@ from .kernels_llvm import (
     multiply_rows,
     own_name,
     processor_has,
+    rows_at_a_time,
 )
+from .kernels_matmul import find_matmul, multiply_matrices
 
 
 # Columns that a kernel multiplies at a time.
 STEP_COLUMNS = 32
 # Rows of input up to which the kernels are faster than torch. Measured on an AVX-512 processor with the shapes of
 # ChatGLM3-6B.
-MAX_ROWS = {torch.bfloat16: 16, torch.float16: 128}
+MAX_ROWS = {torch.bfloat16: 16, torch.float16: 32}
 # Rows of float16 from which on converting the weight costs less than torch's product of float16 takes longer.
 MIN_CONVERTED_ROWS = 8
 # Rows of the weight that are converted at a time, so that they stay in the processor's cache.
@@ -81,7 +82,7 @@ class FloatProgram(RowsProgram):
 
     def __init__(self, dtype: torch.dtype, input_rows: int) -> None:
         self.in_pairs = multiplies_pairs(dtype)
-        super().__init__((*self.common_arguments, *self.own_arguments), dtype, input_rows)
+        super().__init__(self.own_arguments, dtype, input_rows)
 
     def multiply_tile(self, rows: list[Any], input_rows: list[Any]) -> None:
         arguments = self.arguments
@@ -132,7 +133,7 @@ def find_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     is_known = weight.dtype == x.dtype and weight.is_cpu and x.is_cpu and weight.is_contiguous()
     if not is_known or x.shape[-1] != in_features or not can_add_bias(bias, x, weight):
         return None
-    return compile_kernel(FloatProgram, x.dtype, min(num_rows, INPUT_ROWS))
+    return compile_kernel(FloatProgram, x.dtype, min(num_rows, rows_at_a_time()))
 
 
 @cache
@@ -158,7 +159,7 @@ def multiply_many_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 
 
 def should_convert(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether [`multiply_many_rows`] can compute a product, faster than torch does."""
+    """Whether torch would compute a product of float16 more slowly than one of other floats."""
     is_float16 = x.dtype == weight.dtype == torch.float16 and is_slow_in_float16()
     is_known = is_float16 and weight.is_cpu and x.shape[-1] == weight.shape[1] and can_add_bias(bias, x, weight)
     return is_known and weight.numel() > 0 and x.numel() >= MIN_CONVERTED_ROWS * x.shape[-1]
@@ -168,7 +169,13 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
     """What the operator computes, `x @ weight^T + bias`: `[..., in]` -> `[..., out]`."""
     kernel = find_kernel(x, weight, bias)
     if kernel is None and should_convert(x, weight, bias):
-        product = multiply_many_rows(x.reshape(-1, x.shape[-1]), weight, bias)
+        rows = x.reshape(-1, x.shape[-1])
+        kernels = find_matmul(rows, weight, None, bias)
+        product = (
+            multiply_many_rows(rows, weight, bias)
+            if kernels is None
+            else multiply_matrices(rows, weight, None, bias, kernels)
+        )
         return product.view(*x.shape[:-1], len(weight))
     if kernel is None:
         return F.linear(x, weight, bias)

@@ -34,17 +34,19 @@ from .kernels_llvm import (
     FLOAT,
     FLOATS,
     HALF_DTYPES,
-    INPUT_ROWS,
     INT1,
     INT16,
     INT32,
     INTS,
+    WIDE_FEATURES,
     WORDS,
     Kernel,
     Program,
     RowsProgram,
     compile_kernel,
     multiply_rows,
+    processor_has,
+    rows_at_a_time,
 )
 
 
@@ -55,8 +57,8 @@ INT4_SIGNS = -0x7778
 # Rows of the weight that are decoded at a time, so that they stay in the processor's cache.
 DECODED_ROWS = 512
 
-# What the kernels need of the processor. Without the last, `vpdpwssd`, they would work, but were never measured.
-PROCESSOR_FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
+# What the kernels need of the processor.
+PROCESSOR_FEATURES = ("avx2", "fma", "f16c")
 # Columns of the input that share a scale, as 16-bit numbers in four vectors of 64 bytes.
 BLOCK_COLUMNS = 128
 # The largest fixed-point number. The smallest scale is the smallest normal float, whose inverse is still finite.
@@ -279,27 +281,35 @@ class ProductProgram(RowsProgram):
         dtype: of the output, float16 or bfloat16.
         scale_dtype: of the weight's scales.
         input_rows: rows of the input that are multiplied at a time.
+        has_tail: whether the last block has fewer than 128 columns.
     """
 
     features = PROCESSOR_FEATURES
     own_arguments = ("weight_scale", "num_groups", "planes", "plane_scales", "num_blocks", "first_mask", "second_mask")
 
     def __init__(
-        self, bits: int, group_size: int | None, dtype: torch.dtype, scale_dtype: torch.dtype, input_rows: int
+        self,
+        bits: int,
+        group_size: int | None,
+        dtype: torch.dtype,
+        scale_dtype: torch.dtype,
+        input_rows: int,
+        has_tail: bool,
     ) -> None:
-        self.bits, self.group_size, self.scale_dtype = bits, group_size, scale_dtype
+        self.bits, self.group_size, self.scale_dtype, self.has_tail = bits, group_size, scale_dtype, has_tail
         self.block_bytes = BLOCK_COLUMNS * bits // 8
-        super().__init__((*self.common_arguments, *self.own_arguments), dtype, input_rows)
+        super().__init__(self.own_arguments, dtype, input_rows)
 
     def multiply_tile(self, rows: list[Any], input_rows: list[Any]) -> None:
         sums = [self.constant(0.0, FLOATS)] * (len(rows) * len(input_rows))
-        last_block = self.sum(self.arguments["num_blocks"], -1)
+        num_blocks = self.sum(self.arguments["num_blocks"], -1 if self.has_tail else 0)
 
         def add_block(block: Any, sums: list[Any], is_last: bool = False) -> list[Any]:
             return self.add_block(rows, input_rows, block, sums, is_last)
 
-        sums = self.loop(self.constant(0), last_block, 1, sums, add_block)
-        sums = add_block(last_block, sums, is_last=True)
+        sums = self.loop(self.constant(0), num_blocks, 1, sums, add_block)
+        if self.has_tail:
+            sums = add_block(num_blocks, sums, is_last=True)
         pairs = [(row, input_row) for row in rows for input_row in input_rows]
         for (row, input_row), lanes in zip(pairs, sums):
             total = self.add_lanes(lanes)
@@ -335,9 +345,15 @@ class ProductProgram(RowsProgram):
         return changed
 
     def add_products(self, sums: Any, words: Any, other_words: Any) -> Any:
-        """Add the products of 32 pairs of 16-bit numbers to 16 sums; becomes one instruction, `vpdpwssd`."""
-        products = self.call("llvm.x86.avx512.pmaddw.d.512", INTS, words, other_words)
-        return self.builder.add(sums, products)
+        """Add the products of 32 pairs of 16-bit numbers to 16 sums; with VNNI it is one instruction, `vpdpwssd`."""
+        if processor_has(*WIDE_FEATURES):
+            products = self.call("llvm.x86.avx512.pmaddw.d.512", INTS, words, other_words)
+            return self.builder.add(sums, products)
+        halves = []
+        for lanes in (range(16), range(16, 32)):
+            one, other = self.pick(words, lanes), self.pick(other_words, lanes)
+            halves.append(self.call("llvm.x86.avx2.pmadd.wd", self.vector(INT32, 8), one, other))
+        return self.builder.add(sums, self.pick(halves[0], range(16), halves[1]))
 
     def load_codes(self, row: Any, block: Any, is_last: bool) -> list[Any]:
         """The codes of 128 columns as 16-bit numbers, four vectors in the order of `plane_columns`."""
@@ -393,9 +409,10 @@ def find_kernels(
         return None
     if not all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (weight, weight_scale)):
         return None
-    input_rows = min(num_rows, INPUT_ROWS)
+    input_rows = min(num_rows, rows_at_a_time())
     rounding = compile_kernel(RoundingProgram, dtype, bits)
-    product = compile_kernel(ProductProgram, bits, group_size, dtype, weight_scale.dtype, input_rows)
+    has_tail = in_features % BLOCK_COLUMNS != 0
+    product = compile_kernel(ProductProgram, bits, group_size, dtype, weight_scale.dtype, input_rows, has_tail)
     return None if rounding is None or product is None else (rounding, product)
 
 

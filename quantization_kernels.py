@@ -36,6 +36,7 @@ import torch
 from torch.nn import functional as F
 
 from .kernels_llvm import can_add_bias, own_name
+from .kernels_matmul import find_matmul, multiply_matrices
 from .quantization_cpu import (
     can_pack_int4,
     find_kernels,
@@ -351,6 +352,19 @@ def multiply_by_torch(
     return product.to(x.dtype)
 
 
+def multiply_by_cpu_kernels(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, is_packed: bool
+) -> torch.Tensor | None:
+    """`x @ (code * scale)^T + bias` by the kernels for this processor, if there are any: `[rows, in]` -> `[rows, out]`."""
+    if len(x) > CPU_KERNEL_MAX_ROWS:
+        matmul = find_matmul(x, weight, weight_scale, bias)
+        return None if matmul is None else multiply_matrices(x, weight, weight_scale, bias, matmul)
+    if is_packed or len(x) == 0 or not can_add_bias(bias, x, weight):
+        return None
+    kernels = find_kernels(x.dtype, weight, weight_scale, x.shape[1], len(x))
+    return None if kernels is None else multiply_by_kernels(x, weight, weight_scale, bias, kernels)
+
+
 def multiply(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -363,11 +377,10 @@ def multiply(
     if can_use_triton(x):
         return triton_quantized_linear(x, weight, weight_scale, bias)
     if x.device.type == "cpu":
-        if packed is None and 0 < len(x) <= CPU_KERNEL_MAX_ROWS:
-            kernels = find_kernels(x.dtype, weight, weight_scale, x.shape[1], len(x))
-            own_bias = None if bias is None else bias.to(x.dtype)
-            if kernels is not None and can_add_bias(own_bias, x, weight):
-                return multiply_by_kernels(x, weight, weight_scale, own_bias, kernels)
+        own_bias = None if bias is None else bias.to(x.dtype)
+        product = multiply_by_cpu_kernels(x, weight, weight_scale, own_bias, packed is not None)
+        if product is not None:
+            return product
         product = multiply_by_torch(x, weight, weight_scale, packed, packed_scales)
         return product if bias is None else product.add_(bias.to(product.dtype))
     decoded = dequantize_weight(weight, weight_scale, x.shape[-1], x.dtype)

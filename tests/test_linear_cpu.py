@@ -23,7 +23,7 @@ import pytest
 import torch
 from generations import TINY, every_generation
 from peft import LoraConfig, get_peft_model
-from test_quantization_cpu import HALVES, assert_rounded, protected_copies
+from test_quantization_cpu import HALVES, OLDER_PROCESSORS, assert_rounded, older_processor, protected_copies
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -88,6 +88,20 @@ def test_products_are_rounded_once(
         assert product.dtype == dtype and count_kernels() == 1
         exact = F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
         assert_rounded(product, exact)
+
+
+@pytest.mark.usefixtures("needs_kernels")
+@pytest.mark.parametrize("lacking", OLDER_PROCESSORS.values(), ids=OLDER_PROCESSORS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_kernels_of_older_processors(dtype: torch.dtype, lacking: tuple[str, ...], linear_cpu: ModuleType) -> None:
+    layer = make_layer(linear_cpu, 37, 320, dtype, True)
+    linear_cpu.multiplies_pairs.cache_clear()
+    for num_rows in (1, 5):
+        x = torch.randn(num_rows, 320).to(dtype)
+        with older_processor(lacking, linear_cpu), torch.no_grad():
+            product = layer(x)
+        assert_rounded(product, F.linear(x.double(), layer.weight.double(), layer.bias.double()))
+    linear_cpu.multiplies_pairs.cache_clear()
 
 
 @pytest.mark.usefixtures("needs_kernels")
@@ -184,6 +198,7 @@ def test_many_rows_of_float16_are_converted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(linear_cpu, "is_slow_in_float16", lambda: True)
+    monkeypatch.setattr(linear_cpu, "find_matmul", lambda *args: None)
     layer = make_layer(linear_cpu, out_features, in_features, torch.float16, bias)
     x = torch.randn(3, 50, in_features).half()
     calls = []

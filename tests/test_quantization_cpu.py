@@ -18,8 +18,10 @@ import functools
 import mmap
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -112,6 +114,40 @@ def test_products_equal_the_twin(
         found = cpu.find_kernels(dtype, weight, scale, in_features, num_rows)
         product = cpu.multiply_by_kernels(x, weight, scale, None, found)
         assert product.dtype == dtype
+        assert_rounded(product, kernels.multiply_in_fixed_point(x, weight, scale))
+
+
+# Features that older processors lack, by the beginning of LLVM's names.
+OLDER_PROCESSORS = {"AVX-512 without VNNI": ("avx512vnni", "avx512bf16"), "AVX2": ("avx512",)}
+
+
+@contextmanager
+def older_processor(lacking: tuple[str, ...], *modules: ModuleType) -> Iterator[None]:
+    """In these modules, kernels are compiled as for a processor that lacks something. All of them ran on this one."""
+    llvm_kernels = sys.modules[modules[0].compile_kernel.__module__]
+    features = llvm_kernels.llvm.get_host_cpu_features()
+    features.update({name: False for name in features if name.startswith(lacking)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llvm_kernels, "processor_features", lambda: features)
+        for module in modules:
+            patch.setattr(module, "compile_kernel", functools.cache(llvm_kernels.compile_kernel.__wrapped__))
+        llvm_kernels.rows_at_a_time.cache_clear()
+        yield
+    llvm_kernels.rows_at_a_time.cache_clear()
+
+
+@pytest.mark.usefixtures("needs_kernels")
+@pytest.mark.parametrize("lacking", OLDER_PROCESSORS.values(), ids=OLDER_PROCESSORS)
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, None), (4, 32)])
+def test_kernels_of_older_processors_equal_the_twin(
+    bits: int, group_size: int | None, lacking: tuple[str, ...], cpu: ModuleType, kernels: ModuleType
+) -> None:
+    weight, scale = random_weight(bits, 37, 320, group_size)
+    for num_rows in (1, 5):
+        x = torch.randn(num_rows, 320).half()
+        with older_processor(lacking, cpu):
+            found = cpu.find_kernels(x.dtype, weight, scale, 320, num_rows)
+            product = cpu.multiply_by_kernels(x, weight, scale, None, found)
         assert_rounded(product, kernels.multiply_in_fixed_point(x, weight, scale))
 
 
@@ -367,7 +403,8 @@ def test_few_rows_are_multiplied_without_decoding(
 
         monkeypatch.setattr(kernels, name, multiply)
 
-    for name in ("multiply_by_kernels", "multiply_int8", "multiply_packed_int4", "multiply_many_rows"):
+    names = ("by_kernels", "matrices", "int8", "packed_int4", "many_rows")
+    for name in [f"multiply_{name}" for name in names]:
         watch(name)
 
     def ways(
@@ -381,11 +418,13 @@ def test_few_rows_are_multiplied_without_decoding(
         taken.clear()
         return found
 
+    matmul = kernels.find_matmul(torch.zeros(65, 64).half(), *random_weight(8, 48, 64, None), None)
+    many_rows = "many_rows" if matmul is None else "matrices"
     for dtype in HALVES:
         if has_kernels:
             for bits, group_size in ((8, None), (4, None), (4, 32)):
                 found = ways(bits, (0, 1, 64, 65), dtype, group_size=group_size)
-                assert found == ["many_rows", "by_kernels", "by_kernels", "many_rows"]
+                assert found == ["many_rows", "by_kernels", "by_kernels", many_rows]
                 assert ways(bits, (1,), dtype, in_features=160, group_size=group_size) == ["by_kernels"]
             continue
         assert ways(8, (0, 1, 16, 17), dtype) == ["many_rows", "int8", "int8", "many_rows"]

@@ -41,7 +41,8 @@ ARROWS: dict[str, set[str]] = {
     "generation_chatglm": {"conversation_chatglm", "generation_cache", "generation_published"},
     "generation_published": set(),
     "kernels_llvm": set(),
-    "linear_cpu": {"kernels_llvm"},
+    "kernels_matmul": {"kernels_llvm"},
+    "linear_cpu": {"kernels_llvm", "kernels_matmul"},
     "modeling_chatglm": {
         "configuration_chatglm",
         "generation_chatglm",
@@ -58,7 +59,7 @@ ARROWS: dict[str, set[str]] = {
     "modeling_prefix": set(),
     "quantization": {"linear_cpu", "quantization_kernels", "quantization_layers"},
     "quantization_cpu": {"kernels_llvm"},
-    "quantization_kernels": {"kernels_llvm", "quantization_cpu", "quantization_triton"},
+    "quantization_kernels": {"kernels_llvm", "kernels_matmul", "quantization_cpu", "quantization_triton"},
     "quantization_layers": {"quantization_kernels"},
     "quantization_triton": set(),
     "tokenization_chatglm": {

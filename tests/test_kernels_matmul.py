@@ -1,0 +1,147 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Products with many rows of input on a CPU, beside plain torch."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from test_quantization_cpu import HALVES, assert_rounded, protected_copies, random_weight
+
+
+# Bits, columns that share a scale; out and in. Threads take 32 rows of a weight, and 2048 columns at a time.
+FORMS = ((None, None), (8, None), (4, None), (4, 32), (4, 128))
+SHAPES = ((32, 128), (45, 384), (70, 2176))
+
+
+@pytest.fixture(scope="module")
+def matmul(source: Callable[[str], ModuleType]) -> ModuleType:
+    module = source("kernels_matmul")
+    if module.compile_kernel(module.PackingProgram, torch.float16) is None:
+        pytest.skip("needs a processor that multiplies bfloat16, and llvmlite")
+    return module
+
+
+@pytest.fixture(scope="module")
+def kernels(source: Callable[[str], ModuleType]) -> ModuleType:
+    return source("quantization_kernels")
+
+
+def make_weight(
+    bits: int | None, group_size: int | None, out_features: int, in_features: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if bits is None:
+        return torch.randn(out_features, in_features).half(), None
+    return random_weight(bits, out_features, in_features, group_size)
+
+
+def twin(
+    kernels: ModuleType, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`bfloat16(x) @ bfloat16(weight)^T + bias` in float64. The scale of a whole row is applied to the sum."""
+    if scale is None:
+        decoded = weight.bfloat16().double()
+    else:
+        dtype = torch.float64 if scale.ndim == 1 else torch.bfloat16
+        decoded = kernels.dequantize_weight(weight, scale, x.shape[1], dtype).double()
+    product = x.bfloat16().double() @ decoded.T
+    return product if bias is None else product + bias.double()
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+@pytest.mark.parametrize(("bits", "group_size"), FORMS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_products_equal_the_twin(
+    dtype: torch.dtype,
+    bits: int | None,
+    group_size: int | None,
+    out_features: int,
+    in_features: int,
+    matmul: ModuleType,
+    kernels: ModuleType,
+) -> None:
+    if bits is None and dtype == torch.bfloat16:
+        pytest.skip("torch multiplies bfloat16 as fast")
+    weight, scale = make_weight(bits, group_size, out_features, in_features)
+    for num_rows, bias in ((1, None), (12, torch.randn(out_features).to(dtype)), (67, None)):
+        x = torch.randn(num_rows, in_features).to(dtype)
+        found = matmul.find_matmul(x, weight, scale, bias)
+        product = matmul.multiply_matrices(x, weight, scale, bias, found)
+        assert product.dtype == dtype
+        assert_rounded(product, twin(kernels, x, weight, scale, bias))
+        if bias is None:
+            # This ends the process, should something behind a tensor be read.
+            copies = protected_copies(x, weight, *([] if scale is None else [scale]))
+            copied_scale = None if scale is None else copies[2]
+            assert matmul.multiply_matrices(*copies[:2], copied_scale, None, found).equal(product)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_scales_of_other_dtypes(scale_dtype: torch.dtype, matmul: ModuleType, kernels: ModuleType) -> None:
+    for group_size in (None, 64):
+        weight, scale = random_weight(4, 40, 128, group_size, scale_dtype)
+        x = torch.randn(80, 128).bfloat16()
+        assert_rounded(kernels.quantized_linear(x, weight, scale), twin(kernels, x, weight, scale, None))
+
+
+def test_long_inputs_are_multiplied_in_parts(
+    matmul: ModuleType, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, scale = random_weight(8, 100, 64, None)
+    x = torch.randn(150, 64).half()
+    found = matmul.find_matmul(x, weight, scale, None)
+    expected = matmul.multiply_matrices(x, weight, scale, None, found)
+    monkeypatch.setattr(matmul, "INPUT_ROWS", 40)
+    assert matmul.multiply_matrices(x, weight, scale, None, found).equal(expected)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    assert matmul.multiply_matrices(x, weight, scale, None, found).equal(expected)
+    torch.set_num_threads(before)
+    x[70, 3] = torch.nan
+    changed = matmul.multiply_matrices(x, weight, scale, None, found)
+    assert changed[70].isnan().all() and changed[:70].equal(expected[:70]) and changed[71:].equal(expected[71:])
+
+
+def test_what_the_kernels_do_not_take(matmul: ModuleType) -> None:
+    weight, scale = random_weight(4, 40, 64, None)
+    x = torch.randn(80, 64).half()
+
+    def takes(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> bool:
+        return matmul.find_matmul(x, weight, *(*others, None)[:2]) is not None
+
+    assert takes(x, weight, scale) and takes(x, torch.randn(40, 64).half(), None)
+    assert not takes(x.float(), weight, scale)
+    assert not takes(x.to("meta"), weight, scale) and not takes(x, weight, scale.to("meta"))
+    assert not takes(x[:0], weight, scale)
+    assert not takes(x, weight[:31], scale[:31])
+    assert not takes(x, weight, scale[:31]) and not takes(x, weight[:, :20], scale)
+    assert not takes(x, weight, torch.ones(40, 4)) and not takes(x, weight, torch.ones(40, 0))
+    assert not takes(x, weight, scale.double())
+    assert not takes(x, weight, scale, torch.ones(41).half()) and not takes(x, weight, scale, torch.ones(40))
+    assert not takes(x[:, :48], weight[:, :24].contiguous(), scale)
+    assert not takes(x, torch.randn(40, 64).bfloat16(), None)
+    assert not takes(x, torch.randn(64, 40).half().t(), None)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_many_rows_are_more_precise_than_torchs(
+    bits: int, matmul: ModuleType, kernels: ModuleType, request: pytest.FixtureRequest
+) -> None:
+    weight, scale = random_weight(bits, 64, 256, None)
+    x = torch.randn(100, 256).half()
+    exact = x.double() @ kernels.dequantize_weight(weight, scale, 256, torch.float64).T
+    ours = (kernels.quantized_linear(x, weight, scale).double() - exact).norm()
+    request.getfixturevalue("without_cpu_kernels")
+    assert ours < 0.8 * (kernels.quantized_linear(x, weight, scale).double() - exact).norm()
