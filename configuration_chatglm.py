@@ -189,11 +189,9 @@ def infer_model_version(config: Mapping[str, Any]) -> str | None:
 
 def refuse_images(config: Mapping[str, Any]) -> None:
     """Raise a `ValueError` for a `config.json` of a model that sees images, whose other half would be left out."""
-    for key in config:
-        if key in IMAGE_KEYS:
-            raise ValueError(
-                f"config.json has {key!r}, as {IMAGE_KEYS[key]} does: models that see images are not supported."
-            )
+    for key, name in IMAGE_KEYS.items():
+        if config.get(key) is not None:
+            raise ValueError(f"config.json has {key!r}, as {name} does: models that see images are not supported.")
 
 
 def own_field_names() -> set[str]:

@@ -79,6 +79,8 @@ class GrowingLayer(DynamicLayer):
         super().__init__()
         self.key_room: torch.Tensor | None = None
         self.value_room: torch.Tensor | None = None
+        # Tokens that the rooms hold. Fewer are held after a crop, and whoever kept the others must find them unchanged.
+        self.num_written = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are without the room."""
@@ -93,11 +95,13 @@ class GrowingLayer(DynamicLayer):
         is_plain = type(key_states) is torch.Tensor and key_states.dtype == self.dtype
         is_fixed = torch.is_grad_enabled() or torch.compiler.is_compiling()
         is_small = (self.keys.numel() + key_states.numel()) * key_states.element_size() < SMALL
-        if not is_plain or is_fixed or is_small:
+        if not is_plain or is_fixed or is_small or self.keys.shape[-2:-1] != (self.num_written,):
             self.key_room = self.value_room = None
+        if not is_plain or is_fixed or is_small:
             return super().update(key_states, value_states, *args, **kwargs)
         self.keys, self.key_room = append(self.keys, self.key_room, key_states)
         self.values, self.value_room = append(self.values, self.value_room, value_states)
+        self.num_written = self.keys.shape[-2]
         return self.keys, self.values
 
 

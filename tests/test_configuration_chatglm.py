@@ -193,3 +193,4 @@ def test_models_that_see_images_are_refused(config_class: Any, reference_dir: Pa
     """As visualglm-6b and glm-4v-9b do; half of their network would be left out."""
     with pytest.raises(ValueError, match=f"'{key}', as (visualglm-6b|glm-4v-9b) does: models that see images"):
         config_class.from_dict(published(reference_dir, "glm4") | {key: {}})
+    assert config_class.from_dict(published(reference_dir, "glm4") | {key: None}).model_version == "glm4"

@@ -27,7 +27,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModel, AutoModelForSequenceClassification, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+)
 
 
 ModelMaker = Callable[..., PreTrainedModel]
@@ -302,7 +309,9 @@ def test_continuous_batching_equals_generate(tiny_model: ModelMaker) -> None:
     greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 98, "pad_token_id": 0}
     config = copy.deepcopy(model.generation_config)
     config.update(**greedy)
-    results = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    # By default the library takes most of the machine's free memory for the cache.
+    few = ContinuousBatchingConfig(num_blocks=16)
+    results = model.generate_batch(prompts, config, continuous_batching_config=few)
     batched = [results[key].generated_tokens for key in sorted(results, key=lambda key: int(key.split("_")[-1]))]
     alone = [model.generate(torch.tensor([ids]), **greedy)[0, len(ids) :].tolist() for ids in prompts]
     assert batched == alone
