@@ -5,7 +5,7 @@
 #   make chat MODEL=/path/to/chatglm3-6b  talk to a checkpoint
 #   make chat ARGS='--once 你好'          one answer, for scripts
 #   make test ARGS='-k stream_chat'       some of the tests
-#   make test-grid                        every way of fine-tuning, every compiled GPU kernel, eight minutes
+#   make test-grid                        every way of fine-tuning, every compiled GPU kernel, the longest runs
 #   make test-programs                    programs of others, such as lm_eval, on all generations
 #   make conformance                      Transformers' own tests of models and tokenizers
 #   make bench                            every benchmark, small enough for a laptop

@@ -79,7 +79,7 @@ def test_a_quantized_base(reference_dir: Path, save: str, tmp_path: Path, capsys
         assert not json.loads((tmp_path / "config.json").read_text(encoding="utf-8")).get("quantization_bit")
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 def test_change_and_forget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On the bundled model, which knows the old answers."""
     facts = [fact for fact in knowledge_facts.read_facts(EXAMPLES / "facts.yaml") if fact.action != "teach"]
