@@ -102,7 +102,7 @@ class TorchEngine:
             self.models[NATIVE] = build_native(model)
         self.vocab = arguments.vocab
         self.before = before
-        self.step: Callable[[], Any] = lambda: None
+        self.steps: dict[str, Callable[[], Any]] = {}
 
     @torch.no_grad()
     def compare(self) -> float:
@@ -117,15 +117,15 @@ class TorchEngine:
         model = self.models[name]
         if work.prefill:
             prompt = torch.randint(3, self.vocab, (1, work.prefill))
-            self.step = lambda: model(prompt, use_cache=True, logits_to_keep=1)
+            self.steps[name] = lambda: model(prompt, use_cache=True, logits_to_keep=1)
             return
         cache = model(torch.randint(3, self.vocab, (work.batch, PROMPT)), use_cache=True).past_key_values
         token = torch.randint(3, self.vocab, (work.batch, 1))
-        self.step = lambda: model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.steps[name] = lambda: model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     @torch.no_grad()
-    def take_turn(self, steps: int, untimed: int) -> Turn:
-        return time_steps(self.step, steps, untimed)
+    def take_turn(self, name: str, steps: int, untimed: int) -> Turn:
+        return time_steps(self.steps[name], steps, untimed)
 
     def read_bytes(self) -> int:
         return read_bytes(self.models[OURS])
@@ -144,17 +144,17 @@ class LlamaEngine:
         llama.write_model(path, config, weights.bits)
         self.before = memory_bytes("VmRSS") or 0
         self.model = llama.LlamaModel(path, arguments.threads)
-        self.step: Callable[[], Any] = lambda: None
+        self.steps: dict[str, Callable[[], Any]] = {}
 
     def prepare(self, name: str, work: Work, steps: int) -> None:
         forget_peak()
         if work.prefill:
-            self.step = self.model.prefill_step(work.prefill)
+            self.steps[name] = self.model.prefill_step(work.prefill)
         else:
-            self.step = self.model.decode_step(work.batch, PROMPT, steps)
+            self.steps[name] = self.model.decode_step(work.batch, PROMPT, steps)
 
-    def take_turn(self, steps: int, untimed: int) -> Turn:
-        return time_steps(self.step, steps, untimed)
+    def take_turn(self, name: str, steps: int, untimed: int) -> Turn:
+        return time_steps(self.steps[name], steps, untimed)
 
     def peak_bytes(self) -> int:
         return (memory_bytes("VmHWM") or 0) - self.before
@@ -217,7 +217,8 @@ def time_work(work: Work, runners: dict[str, tuple[Worker, str]], arguments: arg
     for worker, name in runners.values():
         worker.call("prepare", name, work, (rounds + 1) * (patience + 1) * (steps + untimed))
     runs = {
-        name: lambda worker=worker: worker.call("take_turn", steps, untimed) for name, (worker, _) in runners.items()
+        runner: lambda worker=worker, name=name: worker.call("take_turn", name, steps, untimed)
+        for runner, (worker, name) in runners.items()
     }
     # A long prompt warms itself up.
     return take_turns(runs, rounds, warm_ups=0 if is_long else 1, patience=patience)

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The benchmarks compare what they say: turns of one round, the same network on both sides, every byte that is read."""
 
+import argparse
 import sys
 from typing import Any
 
@@ -25,6 +26,7 @@ from conftest import REPOSITORY
 sys.path.append(str(REPOSITORY / "benchmarks"))
 
 import llama  # noqa: E402
+import peers  # noqa: E402
 import timing  # noqa: E402
 from family import GENERATIONS, make_step, weight_bytes  # noqa: E402
 from peers import WEIGHTS as WIDTHS  # noqa: E402
@@ -125,6 +127,21 @@ def test_a_step_stands_behind_its_context(name: str) -> None:
     assert num_bytes == 2 * 2 * 40 * heads * 16 * 4
     with torch.no_grad():
         assert step().past_key_values.get_seq_length() == 41
+
+
+def test_each_model_of_a_process_takes_its_own_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours and the native one share the weights and the process, and must not share the step."""
+    monkeypatch.setattr(peers, "build_slice", lambda *_, **__: build_small("ChatGLM3-6B", 1))
+    engine = peers.TorchEngine(argparse.Namespace(threads=1, layers=1, vocab=96), WIDTHS["bfloat16"])
+    called = []
+    for name, model in engine.models.items():
+        model.register_forward_hook(lambda *_, name=name: called.append(name))
+    for name in ("ours", "native"):
+        engine.prepare(name, Work(), steps=2)
+    called.clear()
+    for name in ("ours", "native"):
+        engine.take_turn(name, 1, 0)
+    assert called == ["ours", "native"]
 
 
 def test_the_table_puts_ratios_first() -> None:
