@@ -366,8 +366,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
         panel.set_title(work + (" tokens" if work.startswith("prefill") else ", a step"), fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("milliseconds")
-    panels[0][0].legend(fontsize=8, frameon=False)
-    figure.tight_layout()
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(labels), fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
     figure.savefig(path, dpi=100)
 
 
