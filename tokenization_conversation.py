@@ -365,13 +365,10 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         # One of several templates may be asked for by its name.
         chat_template = self.get_chat_template(chat_template, tools)
         if chat_template not in [known.chat_template for known in CONVERSATION_FORMATS.values()]:
-            return super().apply_chat_template(
-                *(conversation, tools, documents, chat_template),
-                tokenize=tokenize,
-                # Such a template writes control tokens as text, and this class does not look for them in text.
-                tokenizer_kwargs={"split_special_tokens": False, **tokenizer_kwargs},
-                **kwargs,
-            )
+            # Such a template writes control tokens as text, and this class does not look for them in text.
+            tokenizer_kwargs = {"split_special_tokens": False, **tokenizer_kwargs}
+            inputs = (conversation, tools, documents, chat_template)
+            return super().apply_chat_template(*inputs, tokenize=tokenize, tokenizer_kwargs=tokenizer_kwargs, **kwargs)
         conversation = getattr(conversation, "messages", conversation)
         if not isinstance(conversation, (list, tuple)) or not conversation:
             raise ValueError(f"A conversation is a list with at least one message, got {conversation!r}.")

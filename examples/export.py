@@ -40,7 +40,7 @@ from typing import Any
 
 import peft
 import torch
-from local_code import REPOSITORY, load_module, load_tokenizer, read_json_object, register
+from local_code import REPOSITORY, check_model_type, load_module, load_tokenizer, read_json_object, register
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -126,9 +126,7 @@ def load_base(folder: str, dtype: str, adapter: Path) -> Any:
         OSError, ValueError: if the folder holds no such model.
     """
     modeling = register()
-    config = read_json_object(Path(folder) / "config.json")
-    if config.get("model_type") != "chatglm":
-        raise ValueError(f"--model: the model_type of {folder} is {config.get('model_type')!r}, not 'chatglm'")
+    check_model_type(folder)
     if read_json_object(adapter / "adapter_config.json").get("task_type") != "SEQ_CLS":
         return modeling.ChatGLMForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     heads = [weight for name, weight in read_adapter_weights(adapter).items() if name.endswith("score.weight")]

@@ -47,7 +47,7 @@ import torch
 from export import check_output, write_checkpoint
 from finetune_adapter import PARTS, layers_of, train_parts
 from knowledge_facts import ACTIONS, Fact, Messages, check_facts, make_fact, read_dialogues, read_facts
-from local_code import load_tokenizer, read_json_object, register
+from local_code import check_model_type, load_tokenizer, register
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup, set_seed
 from transformers.utils import logging
@@ -147,9 +147,7 @@ def load_model(arguments: argparse.Namespace) -> Any:
         OSError, ValueError: if the folder holds none.
     """
     modeling = register()
-    config = read_json_object(Path(arguments.model) / "config.json")
-    if config.get("model_type") != "chatglm":
-        raise ValueError(f"the model_type of {arguments.model} is {config.get('model_type')!r}, not 'chatglm'")
+    check_model_type(arguments.model)
     model = modeling.ChatGLMForConditionalGeneration.from_pretrained(arguments.model, dtype=arguments.dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 

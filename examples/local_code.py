@@ -61,6 +61,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return getattr(tokenization, str(name), tokenization.ChatGLMTokenizer).from_pretrained(folder)
 
 
+def check_model_type(folder: str | Path) -> None:
+    """See that a folder has the config.json of a ChatGLM.
+
+    Raises:
+        OSError, ValueError: if it has none, or another model's.
+    """
+    model_type = read_json_object(Path(folder) / "config.json").get("model_type")
+    if model_type != "chatglm":
+        raise ValueError(f"the model_type of {folder} is {model_type!r}, not 'chatglm'")
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds one object.
 

@@ -40,7 +40,7 @@ import matplotlib
 import peft
 import torch
 from datasets import Dataset
-from local_code import load_tokenizer, read_json_object, register
+from local_code import check_model_type, load_tokenizer, read_json_object, register
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import (
@@ -160,9 +160,7 @@ def load_model(folder: str, dtype: str, is_reward: bool) -> Any:
         OSError, ValueError: if the folder holds no such model.
     """
     modeling = register()
-    config = read_json_object(Path(folder) / "config.json")
-    if config.get("model_type") != "chatglm":
-        raise ValueError(f"the model_type of {folder} is {config.get('model_type')!r}, not 'chatglm'")
+    check_model_type(folder)
     settings: dict[str, Any] = {"dtype": "float32" if dtype in QUANTIZED_BITS else dtype}
     if dtype in QUANTIZED_BITS:
         settings["quantization_config"] = {"quant_method": "chatglm", "bits": QUANTIZED_BITS[dtype]}

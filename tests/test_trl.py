@@ -18,6 +18,7 @@ output layer's weight. What it gets is compared here with the model alone, witho
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -117,9 +118,20 @@ def test_every_trainer_on_every_generation(
 
 @every_generation_case
 def test_folders_by_their_path(
-    trl: Any, preference: Any, case_folder: Callable[[str], Path], data: Path, name: str, tmp_path: Path
+    trl: Any,
+    preference: Any,
+    case_folder: Callable[[str], Path],
+    source: Callable[[str], Any],
+    data: Path,
+    name: str,
+    tmp_path: Path,
 ) -> None:
     """TRL loads the model, the frozen copy that it is compared with, and the tokenizer. All weights train."""
+    folder = shutil.copytree(case_folder(name), tmp_path / "upgraded")
+    # As the upgrade writes it: the published file of ChatGLM-6B lacks AutoModelForCausalLM.
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = source("configuration_chatglm").AUTO_MAP
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     arguments = trl.DPOConfig(
         str(tmp_path / "out"),
         trust_remote_code=True,
@@ -131,7 +143,7 @@ def test_folders_by_their_path(
         logging_steps=1,
     )
     records = preference.Dataset.from_list(preference.read_preferences(data, "dpo"))
-    trainer = trl.DPOTrainer(str(case_folder(name)), args=arguments, train_dataset=records)
+    trainer = trl.DPOTrainer(str(folder), args=arguments, train_dataset=records)
     trainer.train()
     history = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
     assert history[0] == 0 and history[1] > 0
