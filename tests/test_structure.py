@@ -32,6 +32,7 @@ MAX_FUNCTION_LINES = 55
 
 # Each file that a checkpoint folder gets, and which of the others it may import.
 ARROWS: dict[str, set[str]] = {
+    "blank_infilling": set(),
     "configuration_chatglm": set(),
     "conversation_chatglm": {"conversation_calls", "conversation_templates"},
     "conversation_calls": set(),
