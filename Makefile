@@ -77,7 +77,7 @@ $(FLOOR)/installed: requirements/floor.txt requirements/common.txt
 	@touch $@
 
 # It sees the packages of the newest environment, so that torch is not installed once more.
-$(PROGRAMS)/installed: requirements/programs.txt $(NEWEST)/installed
+$(PROGRAMS)/installed: requirements/programs.txt requirements/serving.txt $(NEWEST)/installed
 	@test -x $(PROGRAMS)/bin/python || $(NEWEST)/bin/python -m venv $(PROGRAMS)
 	@$(NEWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(PROGRAMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth

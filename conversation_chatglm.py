@@ -385,6 +385,7 @@ class RoleFormat(ConversationFormat):
         tools_heading: what follows the system text where tools are offered beside the messages.
         tools_text: writes the descriptions of tools behind the system text.
         builtin_tools: the names of the tools that are offered by their `type`, and called with plain text.
+        unoffered_tools: the names of the tools that are called with plain text where nothing is offered.
         call_text: writes the arguments of a call.
     """
 
@@ -392,6 +393,7 @@ class RoleFormat(ConversationFormat):
     tools_heading: str = ""
     tools_text: Callable[[Any], str]
     builtin_tools: tuple[str, ...] = ()
+    unoffered_tools: tuple[str, ...] = ()
     call_text: Callable[[Mapping[str, Any]], str]
 
     uses_pairs: ClassVar[bool] = False
@@ -410,8 +412,10 @@ class RoleFormat(ConversationFormat):
         return [{**system, "content": content, "tools": _normalize_tools(tools, "`tools`")}, *messages]
 
     def write_tool_call(self, name: str, arguments: Mapping[str, Any] | str) -> Message:
-        """See `ConversationFormat.write_tool_call`; a built-in tool takes its text as it is."""
-        is_text = name in self.builtin_tools and isinstance(arguments, str)
+        """See `ConversationFormat.write_tool_call`; a tool that is called with plain text takes it as it is."""
+        is_text = isinstance(arguments, str) and (
+            name in self.builtin_tools or (name in self.unoffered_tools and not arguments.lstrip().startswith("{"))
+        )
         content = str(arguments) if is_text else write_call(name, arguments, self.call_text)
         return {"role": "assistant", "metadata": name, "content": content}
 
@@ -658,6 +662,7 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             chat_defaults={"top_p": 0.8, "temperature": 0.8},
             tools_prompt=TOOLS_PROMPT,
             tools_text=_tools_as_list,
+            unoffered_tools=("interpreter",),
             call_text=call_as_python,
         ),
         RoleFormat(

@@ -1,0 +1,211 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How do ids become text, stop strings and tool calls while they come?"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .errors import RequestError
+
+
+# Ids that are decoded again with every new one. A character has four bytes at most, each with a token of its own.
+WINDOW = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How an answer is generated.
+
+    Attributes:
+        max_new_tokens: tokens of the answer at most.
+        temperature: 0 always takes the likeliest token.
+        top_p: the share of probability to choose from, above 0 and up to 1.
+        stop: texts that end the answer and are no part of it.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+
+class IncrementalDecoder:
+    """Decodes ids one by one, with a tokenizer of any kind; half a character is held back until the rest has come."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self.decode = decode
+        self.ids: list[int] = []
+        # Up to here, text has been given out; the ids before it give a tokenizer the left side that it looks at.
+        self.num_given = 0
+
+    def step(self, token_id: int) -> str:
+        self.ids.append(token_id)
+        return self._take(is_end=False)
+
+    def finish(self) -> str:
+        """What was held back: half a character, which nothing can complete any more."""
+        return self._take(is_end=True)
+
+    def _take(self, is_end: bool) -> str:
+        given = self.decode(self.ids[: self.num_given])
+        text = self.decode(self.ids)
+        if text.endswith("\ufffd") and not is_end and len(self.ids) - self.num_given < WINDOW:
+            return ""
+        self.ids = self.ids[-WINDOW:] if len(self.ids) > 2 * WINDOW else self.ids
+        self.num_given = len(self.ids)
+        return text[len(given) :]
+
+
+class StopStrings:
+    """Cuts a text off before the first of some strings, holding back what could be the beginning of one."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        self.strings = tuple(strings)
+        self.held = ""
+        self.is_hit = False
+
+    def feed(self, text: str) -> str:
+        """The part of the text so far that is certain and was not given out before."""
+        self.held += text
+        places = [place for place in map(self.held.find, self.strings) if place >= 0]
+        if places:
+            self.is_hit = True
+            given, self.held = self.held[: min(places)], ""
+            return given
+        length = max((self._overlap(string) for string in self.strings), default=0)
+        split = len(self.held) - length
+        given, self.held = self.held[:split], self.held[split:]
+        return given
+
+    def _overlap(self, string: str) -> int:
+        longest = min(len(string) - 1, len(self.held))
+        return next((length for length in range(longest, 0, -1) if self.held.endswith(string[:length])), 0)
+
+
+class AnswerStream:
+    """One answer, from its first token to its last.
+
+    It belongs to the event loop it was made in. Whoever generates calls `put`, `end` and `fail` there; whoever asked
+    takes items from `queue`: pieces of text, what `read` made of them, and at the end `None` or a `RequestError`.
+
+    Args:
+        prompt_ids: what the model reads.
+        settings: how the answer is generated.
+        tokenizer: decodes the ids.
+        stop_ids: the tokens that end an answer.
+        read: turns a piece of text, or `None` at the end, into items; given to have tool calls read. It is shown the
+            name of the stop token, too.
+        on_token: called with the number of tokens so far after each.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: list[int],
+        settings: Settings,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Iterable[int],
+        read: Callable[[str | None], list[Any]] | None = None,
+        on_token: Callable[[int], None] = lambda total: None,
+    ) -> None:
+        self.prompt_ids, self.settings, self.stop_ids = prompt_ids, settings, frozenset(stop_ids)
+        self.queue: asyncio.Queue[Any] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self.total_tokens = 0
+        self.finish_reason: str | None = None
+        self.started = time.perf_counter()
+        # What stops the generation; whoever generates sets it.
+        self.stop_generating: Callable[[], None] = lambda: None
+        self.when_done: list[Callable[[], None]] = []
+        self._tokenizer, self._read, self._on_token = tokenizer, read, on_token
+        self._decoder = IncrementalDecoder(tokenizer.decode)
+        self._stops = StopStrings(settings.stop)
+
+    @property
+    def is_done(self) -> bool:
+        return self.finish_reason is not None
+
+    def put(self, new_ids: Iterable[int]) -> None:
+        """Take new tokens. What comes after the end of the answer is dropped."""
+        for token_id in new_ids:
+            if self.is_done:
+                return
+            self.total_tokens += 1
+            self._on_token(self.total_tokens)
+            if token_id in self.stop_ids:
+                name = self._tokenizer.decode([token_id], skip_special_tokens=False) if self._read else ""
+                self._finish("stop", name)
+                return
+            self._give(self._stops.feed(self._decoder.step(token_id)))
+            if self._stops.is_hit:
+                self._finish("stop")
+                self.stop_generating()
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        if not self.is_done:
+            self._finish("length" if self.total_tokens >= self.settings.max_new_tokens else "stop")
+
+    def fail(self, error: RequestError) -> None:
+        """Nothing more comes, because of an error."""
+        if not self.is_done:
+            self._close("error", error)
+            self.stop_generating()
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more."""
+        if not self.is_done:
+            self._close("cancelled", None)
+            self.stop_generating()
+
+    def _give(self, text: str) -> None:
+        for item in [text] if self._read is None else self._read(text):
+            if item:
+                self.queue.put_nowait(item)
+
+    def _finish(self, reason: str, closing: str = "") -> None:
+        if not self._stops.is_hit:
+            self._give(self._stops.feed(self._decoder.finish()))
+            if not self._stops.is_hit:
+                self._give(self._stops.held + closing)
+        for item in self._read(None) if self._read is not None else ():
+            if item:
+                self.queue.put_nowait(item)
+        self._close(reason, None)
+
+    def _close(self, reason: str, item: RequestError | None) -> None:
+        self.finish_reason = reason
+        self.queue.put_nowait(item)
+        for callback in self.when_done:
+            callback()
+
+    async def collect(self) -> list[Any]:
+        """All items of the answer; stops the generation if the caller is cancelled.
+
+        Raises:
+            RequestError: if the answer failed.
+        """
+        items = []
+        try:
+            while (item := await self.queue.get()) is not None:
+                if isinstance(item, RequestError):
+                    raise item
+                items.append(item)
+        finally:
+            self.cancel()
+        return items
