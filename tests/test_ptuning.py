@@ -231,8 +231,24 @@ def test_a_conversation_keeps_its_cache(
     assert chatglm.chat(tokenizer, "再见", history=history, past_key_values=longer, **settings) == expected
 
 
-@pytest.mark.parametrize("training", [False, True])
-@every_generation
+@pytest.mark.parametrize(
+    ("version", "training"),
+    [
+        ("chatglm", False),
+        ("glm4", False),
+        ("chatglm3", True),
+        *(
+            pytest.param(*cell, marks=pytest.mark.grid)
+            for cell in (
+                ("chatglm2", False),
+                ("chatglm3", False),
+                ("chatglm", True),
+                ("chatglm2", True),
+                ("glm4", True),
+            )
+        ),
+    ],
+)
 def test_full_graph_compile_equals_eager(model: ModelMaker, version: str, training: bool) -> None:
     chatglm, ids = model(version), prompt(version)
     # The models of other tests count as recompilations.
