@@ -11,15 +11,17 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""One configuration for ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B.
+"""One configuration for ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B, and for GLM and GLM-130B before them.
 
 What is unusual here:
 
 - The published files name their sizes in their own way (`num_layers`, `ffn_hidden_size`, ...). The code uses the
   library's names (`num_hidden_layers`, `intermediate_size`, ...); both read and write the same value. Files are saved
   with the published names, because other programs read those.
-- ChatGLM-6B calls three sizes differently from its successors. Its names are accepted by every generation, and
-  written back for ChatGLM-6B.
+- ChatGLM-6B and GLM call sizes differently from their successors. Their names are accepted by every generation, and
+  written back for those that had them.
+- GLM's published files carry the model type "glm", which is another network in the library by now. They are read, and
+  saved as "chatglm".
 - No published file says which generation it belongs to. `model_version` does, and is inferred when it is absent.
 - What distinguishes the generations is data, in `GENERATION_FEATURES`. The rest of the code asks the configuration for
   single features and never compares `model_version`.
@@ -69,6 +71,27 @@ PUBLISHED_KEYS = {
     "num_key_value_heads": "multi_query_group_num",
     "rms_norm_eps": "layernorm_epsilon",
 }
+# The same for ChatGLM-6B and GLM-130B, and for GLM.
+CHATGLM_6B_KEYS = {
+    **PUBLISHED_KEYS,
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_sequence_length",
+    "intermediate_size": "inner_hidden_size",
+}
+GLM_KEYS = {
+    **CHATGLM_6B_KEYS,
+    "attention_dropout": "attention_dropout_prob",
+    "embedding_dropout": "embedding_dropout_prob",
+    "hidden_dropout": "output_dropout_prob",
+}
+# Parts of the weights' names: ours -> those of ChatGLM-6B and GLM-130B. What begins with a dot is within a layer.
+CHATGLM_6B_NAMES = {
+    "transformer.embedding.word_embeddings.": "transformer.word_embeddings.",
+    "transformer.encoder.layers.": "transformer.layers.",
+    ".self_attention.": ".attention.",
+    "transformer.encoder.final_layernorm.": "transformer.final_layernorm.",
+    "transformer.output_layer.": "lm_head.",
+}
 
 
 @dataclass(frozen=True)
@@ -78,9 +101,10 @@ class GenerationFeatures:
     The defaults are those of ChatGLM3-6B.
     """
 
-    # How a `config.json` without `model_version` is recognised: by keys that no other generation has, by padding with
-    # one of several end tokens, or by parts of the published repository's name.
+    # How a `config.json` without `model_version` is recognised: by keys that no other generation has, by its model type,
+    # by padding with one of several end tokens, or by parts of the published repository's name.
     own_keys: tuple[str, ...] = ()
+    published_model_type: str = "chatglm"
     pads_with_end_token: bool = False
     repository_names: tuple[str, ...] = ()
     # Settings that the published files leave out, with the values that they have there.
@@ -90,21 +114,86 @@ class GenerationFeatures:
     published_keys: Mapping[str, str] = field(default_factory=lambda: PUBLISHED_KEYS)
     # Parts of the weights' names: ours -> those in the published files, where they differ.
     published_names: Mapping[str, str] = field(default_factory=dict)
+    # The classes that Auto classes find beyond those of `AUTO_MAP`, or in their place.
+    auto_map: Mapping[str, str] = field(default_factory=dict)
+    # The tokens that an answer may fill, by their names in the configuration, the first that is there first.
+    blank_tokens: tuple[str, ...] = ()
     # See the properties of the same names in `ChatGLMConfig`.
     prefix_lm: bool = False
+    mask_marks_hidden: bool = False
+    mask_is_whole: bool = False
+    mask_tells_who_sees_whom: bool = False
+    aligned_labels: bool = False
+    learned_positions: bool = False
+    interleaves_heads: bool = True
     is_mlp_gated: bool = True
+    gate_comes_first: bool = True
+    activation: str = "silu"
     rotary_interleaved: bool = True
     rotary_whole_head: bool = False
     rounds_rotary_frequencies: bool = False
     scales_positions: bool = False
-    residual_scale: float = 1.0
+    residual_layers: int | None = None
+    residual_counts_layers: bool = False
     tie_last_hidden_states: bool = False
     published_scale_dtype: str | None = None
     projects_prefix_from_hidden_size: bool = False
 
 
-# `model_version` -> what is special about that generation.
+# `model_version` -> what is special about that generation. The first whose keys are there is the one.
 GENERATION_FEATURES: dict[str, GenerationFeatures] = {
+    "glm": GenerationFeatures(
+        own_keys=("block_position_encoding", "output_predict", "spell_func"),
+        published_model_type="glm",
+        default_settings={
+            "multi_query_attention": False,
+            "rmsnorm": False,
+            "add_bias_linear": True,
+            "block_position_encoding": True,
+            "tie_word_embeddings": True,
+            # The files name no end token, and GLM's differ between its vocabularies.
+            "eos_token_id": None,
+            "pad_token_id": None,
+        },
+        published_keys=GLM_KEYS,
+        published_names={
+            "transformer.embedding.word_embeddings.": "word_embeddings.",
+            "transformer.encoder.layers.": "transformer.layers.",
+            ".self_attention.": ".attention.",
+            "transformer.encoder.final_layernorm.": "transformer.final_layernorm.",
+        },
+        mask_tells_who_sees_whom=True,
+        aligned_labels=True,
+        learned_positions=True,
+        interleaves_heads=False,
+        is_mlp_gated=False,
+        # As in the published files. The code that trained them had "gelu_pytorch_tanh".
+        activation="gelu",
+    ),
+    "glm130b": GenerationFeatures(
+        default_settings={
+            "multi_query_attention": False,
+            "rmsnorm": False,
+            "add_bias_linear": True,
+            "position_encoding_2d": False,
+            "apply_residual_connection_post_layernorm": True,
+            "tie_word_embeddings": True,
+        },
+        token_offsets={"mask_token_id": -4, "gmask_token_id": -3, "smask_token_id": -2},
+        published_keys=CHATGLM_6B_KEYS,
+        published_names=CHATGLM_6B_NAMES,
+        blank_tokens=("mask_token_id", "smask_token_id", "gmask_token_id"),
+        prefix_lm=True,
+        mask_marks_hidden=True,
+        mask_is_whole=True,
+        aligned_labels=True,
+        gate_comes_first=False,
+        activation="gelu",
+        rotary_interleaved=False,
+        rotary_whole_head=True,
+        rounds_rotary_frequencies=True,
+        residual_counts_layers=True,
+    ),
     "chatglm": GenerationFeatures(
         own_keys=("inner_hidden_size", "max_sequence_length", "position_encoding_2d", "gmask_token_id"),
         repository_names=("chatglm-6b",),
@@ -117,26 +206,18 @@ GENERATION_FEATURES: dict[str, GenerationFeatures] = {
             "tie_word_embeddings": True,
         },
         token_offsets={"mask_token_id": -4, "gmask_token_id": -3},
-        published_keys={
-            **PUBLISHED_KEYS,
-            "vocab_size": "vocab_size",
-            "max_position_embeddings": "max_sequence_length",
-            "intermediate_size": "inner_hidden_size",
-        },
-        published_names={
-            "transformer.embedding.word_embeddings.": "transformer.word_embeddings.",
-            "transformer.encoder.layers.": "transformer.layers.",
-            ".self_attention.": ".attention.",
-            "transformer.encoder.final_layernorm.": "transformer.final_layernorm.",
-            "transformer.output_layer.": "lm_head.",
-        },
+        published_keys=CHATGLM_6B_KEYS,
+        published_names=CHATGLM_6B_NAMES,
+        blank_tokens=("gmask_token_id", "mask_token_id"),
         prefix_lm=True,
+        mask_marks_hidden=True,
         is_mlp_gated=False,
+        activation="gelu_pytorch_tanh",
         rotary_interleaved=False,
         rotary_whole_head=True,
         rounds_rotary_frequencies=True,
-        # The square root of twice its 28 layers, in smaller models too.
-        residual_scale=math.sqrt(2 * 28),
+        # Its 28 layers, in smaller models too.
+        residual_layers=28,
         tie_last_hidden_states=True,
         published_scale_dtype="float16",
         projects_prefix_from_hidden_size=True,
@@ -171,7 +252,9 @@ def infer_model_version(config: Mapping[str, Any]) -> str | None:
             raise ValueError(f"`model_version` must be one of {tuple(GENERATION_FEATURES)}, got {generation!r}.")
         return generation
     for generation, features in GENERATION_FEATURES.items():
-        if any(config.get(key) for key in features.own_keys):
+        # The library's own "glm" has `rms_norm_eps`.
+        is_named = features.published_model_type == config.get("model_type") != "chatglm"
+        if any(config.get(key) for key in features.own_keys) or (is_named and "rms_norm_eps" not in config):
             return generation
     eos_token_id: Any = config.get("eos_token_id")
     has_end_tokens = isinstance(eos_token_id, (list, tuple)) and config.get("pad_token_id") in eos_token_id
@@ -237,10 +320,16 @@ class ChatGLMConfig(PreTrainedConfig):
         ChatGLM2: positions are divided by it. ChatGLM3 and GLM-4: the base 10000 is multiplied by it.
     position_encoding_2d (`bool`, *optional*):
         ChatGLM-6B: half of each head is rotated by the position in the context, half by that in the answer.
+    block_position_encoding (`bool`, *optional*):
+        GLM: the position in the answer has a table of its own; both are added to the embeddings.
+    embedding_dropout (`float`):
+        GLM: dropout behind the embeddings.
     mask_token_id (`int`, *optional*):
         ChatGLM-6B: id of `[MASK]`; by default four before `<sop>` (`bos_token_id`), where both vocabularies have it.
     gmask_token_id (`int`, *optional*):
         ChatGLM-6B: id of `[gMASK]`; by default three before `<sop>`.
+    smask_token_id (`int`, *optional*):
+        GLM-130B: id of `[sMASK]`; by default two before `<sop>`.
     quantization_bit (`int`):
         4 or 8 for a checkpoint with quantized weights in the published format, 0 otherwise.
     pre_seq_len (`int`, *optional*):
@@ -262,6 +351,9 @@ class ChatGLMConfig(PreTrainedConfig):
         "multi_query_group_num": "num_key_value_heads",
         "layernorm_epsilon": "rms_norm_eps",
         "layer_norm_eps": "rms_norm_eps",
+        "attention_dropout_prob": "attention_dropout",
+        "embedding_dropout_prob": "embedding_dropout",
+        "output_dropout_prob": "hidden_dropout",
     }
     # The fused projections are gathered: their parts (q, k, v; gate, up) do not lie at the shard boundaries.
     base_model_tp_plan = {
@@ -276,7 +368,7 @@ class ChatGLMConfig(PreTrainedConfig):
     model_version: str | None = None
     num_hidden_layers: int = 28
     hidden_size: int = 4096
-    intermediate_size: int = 13696
+    intermediate_size: int | None = None
     num_attention_heads: int = 32
     head_dim: int | None = None
     multi_query_attention: bool | None = None
@@ -288,10 +380,12 @@ class ChatGLMConfig(PreTrainedConfig):
     apply_residual_connection_post_layernorm: bool | None = None
     post_layer_norm: bool = True
     position_encoding_2d: bool | None = None
+    block_position_encoding: bool | None = None
     add_bias_linear: bool | None = None
     add_qkv_bias: bool = True
     fp32_residual_connection: bool = False
     rope_ratio: float | int = 1.0
+    embedding_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     classifier_dropout: float | int | None = None
@@ -302,15 +396,17 @@ class ChatGLMConfig(PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool | None = None
     bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = 2
-    pad_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
     mask_token_id: int | None = None
     gmask_token_id: int | None = None
+    smask_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_images(kwargs)
         own_keys = {name: getattr(self, name) for name in own_field_names() if getattr(self, name) is not None}
         self.model_version = infer_model_version({**kwargs, **own_keys}) or DEFAULT_MODEL_VERSION
+        kwargs.pop("model_type", None)
         for name in [name for name in kwargs if name in self.attribute_map]:
             setattr(self, name, kwargs.pop(name))
         if self.quantization_bit and kwargs.get("quantization_config") is None:
@@ -328,6 +424,10 @@ class ChatGLMConfig(PreTrainedConfig):
             "apply_residual_connection_post_layernorm": False,
             "tie_word_embeddings": False,
             "head_dim": self.hidden_size // max(self.num_attention_heads, 1),
+            # CODEPATH: glm's files do not say it; 13696 is chatglm3-6b's.
+            "intermediate_size": 4 * self.hidden_size if self.learned_positions else 13696,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
             **self.features.default_settings,
         }
         if self.bos_token_id is not None:
@@ -361,7 +461,7 @@ class ChatGLMConfig(PreTrainedConfig):
             raise ValueError(f"`quantization_bit` must be 0, 4 or 8, got {self.quantization_bit}.")
         if self.pre_seq_len is not None and self.pre_seq_len <= 0:
             raise ValueError(f"`pre_seq_len` must be positive, or None for no prefix, got {self.pre_seq_len}.")
-        for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
+        for name in ("embedding_dropout", "hidden_dropout", "attention_dropout", "classifier_dropout"):
             if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
 
@@ -376,9 +476,69 @@ class ChatGLMConfig(PreTrainedConfig):
         return self.features.prefix_lm
 
     @property
+    def mask_tells_who_sees_whom(self) -> bool:
+        """Whether a mask says more than what is padding.
+
+        In GLM none is causal, one of one element or of one for each row says where the causal part begins, one of two
+        dimensions lets all that is real see each other, and of four dimensions it says everything.
+        """
+        return self.features.mask_tells_who_sees_whom
+
+    @property
+    def mask_marks_hidden(self) -> bool:
+        """Whether true means hidden in a bool mask `[batch, 1, seq, seq]`, as published; otherwise 1 means visible."""
+        return self.features.mask_marks_hidden
+
+    @property
+    def mask_is_whole(self) -> bool:
+        """Whether such a mask says it all; otherwise what is padding, and the ids say where the context ends."""
+        return self.features.mask_is_whole
+
+    @property
+    def is_bidirectional(self) -> bool:
+        """Whether a context may see itself both ways."""
+        return self.prefix_lm or self.mask_tells_who_sees_whom
+
+    @property
+    def aligned_labels(self) -> bool:
+        """Whether a label stands where it is predicted; otherwise where it is read, and is shifted for the loss."""
+        return self.features.aligned_labels
+
+    @property
+    def blank_token_ids(self) -> list[int]:
+        """The mask tokens that an answer may fill, the one that is looked for first first."""
+        ids = [getattr(self, name) for name in self.features.blank_tokens]
+        return [token_id for token_id in ids if token_id is not None]
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether positions are embeddings that are added to the tokens; otherwise rotations of queries and keys."""
+        return self.features.learned_positions
+
+    @property
+    def has_block_positions(self) -> bool:
+        """Whether positions come in two rows, `[batch, 2, seq]`: in the context and in the answer."""
+        return bool(self.position_encoding_2d or self.block_position_encoding)
+
+    @property
+    def is_qkv_interleaved(self) -> bool:
+        """Whether each head has its query, key and value in a row; otherwise all queries come first, then all keys."""
+        return not self.multi_query_attention and self.features.interleaves_heads
+
+    @property
     def is_mlp_gated(self) -> bool:
-        """Whether the feed-forward layer is SwiGLU; otherwise it is GELU."""
+        """Whether half of the feed-forward layer is a gate for the other half."""
         return self.features.is_mlp_gated
+
+    @property
+    def gate_comes_first(self) -> bool:
+        """Whether the activated half of a gated feed-forward layer is the first."""
+        return self.features.gate_comes_first
+
+    @property
+    def activation(self) -> str:
+        """The library's name of the activation."""
+        return self.features.activation
 
     @property
     def rotary_interleaved(self) -> bool:
@@ -402,8 +562,9 @@ class ChatGLMConfig(PreTrainedConfig):
 
     @property
     def residual_scale(self) -> float:
-        """Factor of the residual."""
-        return self.features.residual_scale
+        """Factor of the residual: DeepNorm's √(2 · layers) (https://arxiv.org/abs/2203.00555), or 1."""
+        num_layers = self.num_hidden_layers if self.features.residual_counts_layers else self.features.residual_layers
+        return math.sqrt(2 * num_layers) if num_layers else 1.0
 
     @property
     def tie_last_hidden_states(self) -> bool:
@@ -460,10 +621,9 @@ class ChatGLMConfig(PreTrainedConfig):
             config_dict.pop("quantization_config", None)
         if auto_map := config_dict.get("auto_map"):
             # Names loaded from a hub have its repository before `--`, whose code would be loaded instead of the saved.
-            local = {
-                name: value for name, value in auto_map.items() if str(value).split("--")[-1] != AUTO_MAP.get(name)
-            }
-            config_dict["auto_map"] = {**AUTO_MAP, **local}
+            own = {**AUTO_MAP, **self.features.auto_map}
+            local = {name: value for name, value in auto_map.items() if str(value).split("--")[-1] != own.get(name)}
+            config_dict["auto_map"] = {**own, **local}
         published_keys = self.features.published_keys
         return {published_keys.get(key, key): value for key, value in config_dict.items()}
 

@@ -240,8 +240,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         if "eos_token_id" in kwargs:
             kwargs["eos_token_id"] = as_token_ids(kwargs["eos_token_id"]) or None
         self._check_chunked_prefill(generation_config, kwargs)
-        # CODEPATH: chatglm-6b; the others are causal.
-        if self.config.prefix_lm:
+        # CODEPATH: chatglm-6b, glm and glm-130b; the others are causal.
+        if self.config.is_bidirectional:
             num_tokens = None
             if input_ids is not None and kwargs.get("past_key_values") is None:
                 num_tokens = input_ids.shape[-1]
@@ -300,11 +300,11 @@ class ChatGLMGenerationMixin(GenerationMixin):
             self._setting("prefill_chunk_size", kwargs, generation_config),
             kwargs.get("past_key_values"),
         )
-        # CODEPATH: chatglm-6b; the others are causal.
-        if chunk_size is not None and self.config.prefix_lm:
+        # CODEPATH: chatglm-6b, glm and glm-130b; the others are causal.
+        if chunk_size is not None and self.config.is_bidirectional:
             raise ValueError(
-                "`prefill_chunk_size` cannot be used with ChatGLM-6B: its context is bidirectional, so no part of it "
-                "can be computed before the whole is there."
+                "`prefill_chunk_size` cannot be used with ChatGLM-6B and the older GLM: their context is bidirectional, "
+                "so no part of it can be computed before the whole is there."
             )
         # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
         if (
@@ -354,13 +354,14 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """Continuous batching, for the causal generations; `generate_batch` begins with this.
 
         Raises:
-            ValueError: for ChatGLM-6B, whose bidirectional context it would lose, and with a P-tuning prefix.
+            ValueError: for ChatGLM-6B and the older GLM, whose bidirectional context it would lose, and with a P-tuning
+                prefix.
         """
         reason = None
         if self.config.pre_seq_len is not None:
             reason = "a P-tuning prefix (`pre_seq_len`): its paged cache starts every request empty"
-        elif self.config.prefix_lm:
-            reason = "ChatGLM-6B: its paged attention would drop the mask of the bidirectional context silently"
+        elif self.config.is_bidirectional:
+            reason = "ChatGLM-6B and the older GLM: its paged attention would drop the mask of the bidirectional context silently"
         if reason is not None:
             raise ValueError(
                 f"`generate_batch` cannot be used with {reason}. Use `generate` with a padded batch, or `batch_chat`."
@@ -669,13 +670,13 @@ def give_chat_to_soft_prompts(wrapper: nn.Module, name: str, module: nn.Module |
     for method in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
         setattr(wrapper, method, partial(refuse, message))
     message = (
-        "ChatGLM-6B cannot have a soft prompt of PEFT: its positions are read off the ids, which PEFT replaces by "
-        "embeddings. Use LoRA, or P-tuning v2 (`pre_seq_len`)."
+        "ChatGLM-6B and the older GLM cannot have a soft prompt of PEFT: their positions are read off the ids, which PEFT "
+        "replaces by embeddings. Use LoRA, or P-tuning v2 (`pre_seq_len`)."
     )
     for method in ("chat", "stream_chat", "batch_chat", "stream_generate"):
         lent = partial(getattr(type(module), method), wrapper)
-        # CODEPATH: chatglm-6b; the others take embeddings as they come.
-        setattr(wrapper, method, partial(refuse, message) if module.config.prefix_lm else lent)
+        # CODEPATH: chatglm-6b, glm and glm-130b; the others take embeddings as they come.
+        setattr(wrapper, method, partial(refuse, message) if module.config.is_bidirectional else lent)
 
 
 register_module_module_registration_hook(give_chat_to_soft_prompts)

@@ -17,13 +17,13 @@ What is unusual here:
 
 - Module names are those of the published ChatGLM2, ChatGLM3 and GLM-4 checkpoints
   (`transformer.encoder.layers.0.self_attention.query_key_value`, ...), so weights load without renaming and adapters
-  trained elsewhere fit. ChatGLM-6B's names are renamed on load and written back on save. The output layer is a part of
-  the base model, as in the published files.
+  trained elsewhere fit. The names of ChatGLM-6B, GLM and GLM-130B are renamed on load and written back on save. The
+  output layer is a part of the base model, as in the published files.
 - What differs between the generations is a property of the configuration; nothing here asks for the generation itself.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import PrefixChange, WeightRenaming
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -54,12 +54,16 @@ from .modeling_layers import ChatGLMAttention, ChatGLMBlock, ChatGLMEncoder, Cha
 from .modeling_positions import (
     continue_positions,
     count_positions,
+    cut_generation_mask,
+    cut_positions,
     is_first_step,
     make_mask,
     make_prefix_lm_inputs,
     make_published_mask,
     make_room_for_prefix,
+    make_whole_mask,
     prefix_lm_positions,
+    read_published_mask,
     reduce_published_mask,
     unmask_empty_rows,
 )
@@ -74,7 +78,7 @@ from .quantization import ChatGLMQuantizationMixin, init_quantized_linear
 
 
 # The attention implementations that take a mask of any form.
-PREFIX_LM_ATTENTION = ("sdpa", "eager", "flex_attention")
+BIDIRECTIONAL_ATTENTION = ("sdpa", "eager", "flex_attention")
 
 
 def as_published(forward: Callable) -> Callable:
@@ -104,16 +108,30 @@ def as_published(forward: Callable) -> Callable:
     return wrapper
 
 
+def name_pattern(name: str) -> str:
+    """The whole names that a part of one in `published_names` stands for; what begins with a dot is in a layer."""
+    # From the start: GLM-4V's eyes have layers of their own.
+    return rf"^transformer\.layers\.(\d+){re.escape(name)}" if name.startswith(".") else f"^{re.escape(name)}"
+
+
+def renamings_to_ours(names: Iterable[tuple[str, str]]) -> list[WeightRenaming]:
+    """From the published names to ours, given pairs of ours and the published one."""
+    renamings = [WeightRenaming(name_pattern(published), name_pattern(ours)) for ours, published in names]
+    # GLM's published heads keep the network under this name. In layers before the layers, whose published names it takes.
+    return [PrefixChange(prefix_to_remove="glm"), *renamings[::-1]]
+
+
 def take_published_names(model: PreTrainedModel, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Let `load_state_dict` take what `save_pretrained` has written, as Trainer wants it to when it resumes.
 
     Saved files have the published names, and a tied output layer is only in them as the word embedding.
     """
     names = {**model.config.published_names, "classifier_head_score.": "classifier_head."}
+    renamings = renamings_to_ours(names.items())
     for key in [key for key in state_dict if key.startswith(prefix)]:
         name = key.removeprefix(prefix)
-        for ours, published in names.items():
-            name = name.replace(published, ours)
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
         state_dict[prefix + name] = state_dict.pop(key)
     if model.config.tie_word_embeddings:
         for tied, source in model.all_tied_weights_keys.items():
@@ -139,11 +157,12 @@ class ChatGLMPreTrainedModel(PrefixTuningMixin, ChatGLMQuantizationMixin, PreTra
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         # A private hook (Transformers 5.17 to 5.23) and the only place that sees every way of choosing.
-        # CODEPATH: chatglm-6b; the others are causal.
-        if self.config.prefix_lm and attn_implementation not in (None, *PREFIX_LM_ATTENTION):
+        # CODEPATH: chatglm-6b, glm and glm-130b; the others are causal.
+        if self.config.is_bidirectional and attn_implementation not in (None, *BIDIRECTIONAL_ATTENTION):
             raise ValueError(
-                f'Specified `attn_implementation="{attn_implementation}"` is not supported by ChatGLM-6B: it is unknown, '
-                f"or it would silently drop the mask of the bidirectional context. Use one of {PREFIX_LM_ATTENTION}."
+                f'Specified `attn_implementation="{attn_implementation}"` is not supported by ChatGLM-6B and the older '
+                "GLM: it is unknown, or it would silently drop the mask of the bidirectional context. Use one of "
+                f"{BIDIRECTIONAL_ATTENTION}."
             )
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
@@ -218,7 +237,7 @@ class ChatGLMPreTrainedModel(PrefixTuningMixin, ChatGLMQuantizationMixin, PreTra
         not needed, as the ids tell it.
         """
         device = mask_positions if isinstance(mask_positions, torch.device | str) else device
-        # CODEPATH: chatglm-6b; the others are causal and have one position for each token.
+        # CODEPATH: chatglm-6b and glm-130b; the others have the positions of a causal model.
         if self.config.prefix_lm:
             return prefix_lm_positions(self.config, input_ids, None)[0].to(device)
         return count_positions(None, input_ids.shape[1], 0, input_ids.device).repeat(len(input_ids), 1).to(device)
@@ -244,7 +263,15 @@ class ChatGLMModel(PrefixModelMixin, ChatGLMPreTrainedModel):
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
         self.embedding = nn.ModuleDict({"word_embeddings": nn.Embedding(config.vocab_size, config.hidden_size)})
-        self.rotary_pos_emb = ChatGLMRotaryEmbedding(config)
+        # CODEPATH: glm adds learned positions to the embeddings; the others turn queries and keys.
+        if config.learned_positions:
+            num_positions = config.max_position_embeddings + config.has_block_positions
+            self.position_embeddings = nn.Embedding(num_positions, config.hidden_size)
+            # CODEPATH: all published checkpoints of glm have both tables; models trained without blocks have the first.
+            if config.has_block_positions:
+                self.block_position_embeddings = nn.Embedding(num_positions, config.hidden_size)
+        else:
+            self.rotary_pos_emb = ChatGLMRotaryEmbedding(config)
         self.encoder = ChatGLMEncoder(config)
         self.output_layer = ChatGLMLinear(config.hidden_size, config.vocab_size, bias=False)
         self.prefix_encoder = None
@@ -254,6 +281,36 @@ class ChatGLMModel(PrefixModelMixin, ChatGLMPreTrainedModel):
         self.freeze_base_model()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def place(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        num_cached: int | torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Positions, filled in where they are not given, and the two places where they may go: embeddings and rotations.
+
+        Returns:
+            Positions, `[batch or 1, seq]` or `[batch, 2, seq]`; embeddings, `[batch, seq, hidden]`; cosines and sines.
+        """
+        if position_ids is None:
+            # CODEPATH: glm counts padding too.
+            counted = None if self.config.mask_tells_who_sees_whom else attention_mask
+            position_ids = count_positions(counted, inputs_embeds.shape[1], num_cached, inputs_embeds.device)
+        # CODEPATH: no published checkpoint keeps the residual stream in float32; the flag is for trainers.
+        hidden_states = inputs_embeds.float() if self.config.fp32_residual_connection else inputs_embeds
+        # CODEPATH: glm; the others turn queries and keys.
+        if not self.config.learned_positions:
+            return position_ids, hidden_states, self.rotary_pos_emb(inputs_embeds, position_ids)
+        # One row stands for positions in the context.
+        rows = position_ids.unflatten(0, (-1, 1)) if position_ids.ndim == 2 else position_ids
+        hidden_states = hidden_states + self.position_embeddings(rows[:, 0])
+        # CODEPATH: all published checkpoints of glm have both tables; models trained without blocks have the first.
+        if self.config.has_block_positions:
+            blocks = rows[:, 1] if rows.shape[1] > 1 else torch.zeros_like(rows[:, 0])
+            hidden_states = hidden_states + self.block_position_embeddings(blocks)
+        return position_ids, F.dropout(hidden_states, self.config.embedding_dropout, self.training), None
 
     @as_published
     @merge_with_config_defaults
@@ -285,10 +342,10 @@ class ChatGLMModel(PrefixModelMixin, ChatGLMPreTrainedModel):
         let_cache_grow(past_key_values)
         seq_len, prefix_length = inputs_embeds.shape[1], self.config.pre_seq_len or 0
         is_first = is_first_step(past_key_values, seq_len) if prefix_length == 0 else lacks_prefix(past_key_values)
-        # CODEPATH: chatglm-6b, whose tokenizer returns a mask of its own kind. A mask made for a static cache is not it.
-        if self.config.prefix_lm and is_first and not getattr(past_key_values, "is_compileable", False):
-            attention_mask = reduce_published_mask(attention_mask)
-        # CODEPATH: chatglm-6b; the others are causal and have one position for each token.
+        # CODEPATH: chatglm-6b and glm-130b, whose masks are of their own kind. One made for a static cache is not it.
+        if self.config.mask_marks_hidden and is_first and not getattr(past_key_values, "is_compileable", False):
+            attention_mask = read_published_mask(self.config, attention_mask)
+        # CODEPATH: chatglm-6b and glm-130b; of the others' ids nothing is read off.
         if self.config.prefix_lm:
             position_ids, token_type_ids = make_prefix_lm_inputs(
                 self.config, input_ids, attention_mask, position_ids, token_type_ids, past_key_values, is_first
@@ -298,21 +355,21 @@ class ChatGLMModel(PrefixModelMixin, ChatGLMPreTrainedModel):
         if self.prefix_encoder is not None:
             past_key_values, prefix_cache = self.add_prefix(past_key_values, inputs_embeds)
         num_cached = past_key_values.get_seq_length() - prefix_length if past_key_values is not None else 0
+        # CODEPATH: glm, unless the token types say it; the masks of the others say what is padding.
+        if self.config.mask_tells_who_sees_whom and token_type_ids is None:
+            attention_mask = make_whole_mask(attention_mask, inputs_embeds, past_key_values, num_cached)
         whole_mask = make_room_for_prefix(attention_mask, prefix_length, num_cached + seq_len)
         mask = make_mask(
             self.config, inputs_embeds, whole_mask, past_key_values, position_ids, token_type_ids, is_first
         )
-        if position_ids is None:
-            position_ids = count_positions(attention_mask, seq_len, num_cached, inputs_embeds.device)
-        # CODEPATH: no published checkpoint keeps the residual stream in float32; the flag is for trainers.
-        hidden_states = inputs_embeds.float() if self.config.fp32_residual_connection else inputs_embeds
+        positions, hidden_states, rotations = self.place(inputs_embeds, position_ids, attention_mask, num_cached)
         hidden_states = self.encoder(
             hidden_states if prefix_cache is None else prefix_cache.pass_gradients(hidden_states),
-            position_embeddings=self.rotary_pos_emb(inputs_embeds, position_ids),
+            position_embeddings=rotations,
             attention_mask=unmask_empty_rows(mask),
             past_key_values=past_key_values if prefix_cache is None else None,
             prefix_cache=prefix_cache,
-            position_ids=position_ids,
+            position_ids=positions,
             use_cache=use_cache,
             **kwargs,
         )
@@ -337,7 +394,7 @@ class ChatGLMForConditionalGeneration(PrefixGenerationMixin, ChatGLMPreTrainedMo
     @auto_docstring(
         custom_intro="""
         Predict the next token at every position. Labels are the input ids, with -100 where no loss is wanted; they are
-        shifted here, and the loss is computed in float32.
+        shifted here, except for GLM and GLM-130B (`config.aligned_labels`). The loss is computed in float32.
         """
     )
     def forward(
@@ -371,7 +428,10 @@ class ChatGLMForConditionalGeneration(PrefixGenerationMixin, ChatGLMPreTrainedMo
         logits = self.transformer.output_layer(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            # CODEPATH: glm and glm-130b, whose labels stand where they are predicted; the others' are shifted.
+            aligned: dict[str, Any] = {"shift_labels": labels} if self.config.aligned_labels else {}
+            options = {**aligned, **kwargs}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -383,7 +443,8 @@ class ChatGLMForConditionalGeneration(PrefixGenerationMixin, ChatGLMPreTrainedMo
     def as_padding_mask(
         self, attention_mask: torch.Tensor | None, num_tokens: int | None = None
     ) -> torch.Tensor | None:
-        return reduce_published_mask(attention_mask, num_tokens)
+        # CODEPATH: chatglm-6b and glm-130b; the masks of the others are what `generate` takes.
+        return reduce_published_mask(attention_mask, num_tokens) if self.config.mask_marks_hidden else attention_mask
 
     def prepare_inputs_for_generation(
         self,
@@ -392,12 +453,30 @@ class ChatGLMForConditionalGeneration(PrefixGenerationMixin, ChatGLMPreTrainedMo
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         prompt_position_ids: torch.LongTensor | None = None,
+        generation_attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
         if self.config.pre_seq_len is not None and kwargs.get("past_key_values") is not None:
             kwargs["next_sequence_length"] = self.count_new_tokens(input_ids, attention_mask, **kwargs)
-        # CODEPATH: chatglm-6b, whose positions and context are read off the whole of the ids at every step.
+        # CODEPATH: glm, whose caller gives positions and a mask for the answer too; without, it is causal.
+        if self.config.mask_tells_who_sees_whom:
+            num_tokens = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+            num_new = kwargs.get("next_sequence_length") or num_tokens
+            position_ids = None
+            if prompt_position_ids is not None:
+                position_ids = cut_positions(prompt_position_ids, num_tokens)
+            if generation_attention_mask is not None:
+                cache = kwargs.get("past_key_values")
+                attention_mask = cut_generation_mask(
+                    generation_attention_mask, num_tokens, num_new, self.config, cache
+                )
+            else:
+                kwargs["token_type_ids"] = torch.zeros(
+                    len(input_ids), num_tokens, dtype=torch.long, device=self.device
+                )
+            prompt_position_ids = None
+        # CODEPATH: chatglm-6b and glm-130b, whose positions and context are read off all the ids at every step.
         if self.config.prefix_lm and inputs_embeds is None:
             position_ids, kwargs["token_type_ids"] = prefix_lm_positions(self.config, input_ids, attention_mask)
         # CODEPATH: chatglm-6b from embeddings, with the positions of the caller.
@@ -500,8 +579,8 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        # CODEPATH: chatglm-6b, whose tokenizer returns a mask of its own kind.
-        if self.config.prefix_lm:
+        # CODEPATH: chatglm-6b and glm-130b, whose masks are of their own kind.
+        if self.config.mask_marks_hidden:
             attention_mask = reduce_published_mask(attention_mask)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(
@@ -533,12 +612,9 @@ def weight_renamings() -> list[WeightRenaming]:
     published ones go to ours: a checkpoint is saved under the names that it came with, a new model of any generation
     under ours.
     """
-    names = {
-        ours: published for one in GENERATION_FEATURES.values() for ours, published in one.published_names.items()
-    }
-    there = [WeightRenaming(re.escape(ours), re.escape(published)) for ours, published in names.items()]
-    back = [WeightRenaming(re.escape(published), re.escape(ours)) for ours, published in names.items()]
-    return [*there, *back, WeightRenaming(r"classifier_head\.", r"classifier_head_score\.")]
+    names = dict.fromkeys(pair for one in GENERATION_FEATURES.values() for pair in one.published_names.items())
+    there = [WeightRenaming(name_pattern(ours), name_pattern(published)) for ours, published in names]
+    return [*there, *renamings_to_ours(names), WeightRenaming(r"classifier_head\.", r"classifier_head_score\.")]
 
 
 register_checkpoint_conversion_mapping("chatglm", weight_renamings(), overwrite=True)

@@ -19,11 +19,12 @@ What is unusual here:
 - Rotary positions turn only the first half of every head, in interleaved pairs (0, 1), (2, 3), ...; `rope_ratio`
   stretches positions in ChatGLM2 and raises the base in ChatGLM3 and GLM-4.
 - In ChatGLM-6B a token has two positions, and each turns one half of every head. Its residual starts from the output
-  of the norm, scaled.
+  of the norm, scaled; so does that of GLM-130B, where one position turns the whole head.
+- In GLM nothing is turned: positions are a part of the embeddings.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,34 +90,50 @@ class ChatGLMLayerNorm(nn.LayerNorm):
 
 def make_norm(config: ChatGLMConfig) -> nn.Module:
     """The norm that the configuration asks for."""
-    # CODEPATH: chatglm2, chatglm3, glm4 use RMSNorm; chatglm-6b LayerNorm.
+    # CODEPATH: chatglm2, chatglm3, glm4 use RMSNorm; chatglm-6b, glm and glm-130b LayerNorm.
     norm_class = ChatGLMRMSNorm if config.rmsnorm else ChatGLMLayerNorm
     return norm_class(config.hidden_size, eps=config.layernorm_epsilon)
 
 
+# CODEPATH: chatglm2, chatglm3, glm4 have the first, chatglm-6b the second, glm and glm-130b the exact GELU.
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+}
+
+
 class ChatGLMMLP(nn.Module):
-    """Feed-forward: SwiGLU (https://arxiv.org/abs/2002.05202) with gate and up in one projection, or GELU."""
+    """Feed-forward: SwiGLU or GeGLU (https://arxiv.org/abs/2002.05202) with both halves in one projection, or GELU."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
         bias = config.add_bias_linear
-        # CODEPATH: chatglm2, chatglm3, glm4 have a gate; chatglm-6b has none.
+        # CODEPATH: chatglm2, chatglm3, glm4 and glm-130b have a gate; chatglm-6b and glm have none.
         self.is_gated = config.is_mlp_gated
+        # CODEPATH: chatglm2, chatglm3, glm4 activate the first half of a gated layer; glm-130b the second.
+        self.gate_comes_first = config.gate_comes_first
+        self.activation = config.activation
         up_size = 2 * config.intermediate_size if self.is_gated else config.intermediate_size
         self.dense_h_to_4h = ChatGLMLinear(config.hidden_size, up_size, bias=bias)
         self.dense_4h_to_h = ChatGLMLinear(config.intermediate_size, config.hidden_size, bias=bias)
 
+    def activate(self, states: torch.Tensor) -> torch.Tensor:
+        return ACTIVATIONS[self.activation](states)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         up_states = self.dense_h_to_4h(hidden_states)
         if not self.is_gated:
-            return self.dense_4h_to_h(F.gelu(up_states, approximate="tanh"))
+            return self.dense_4h_to_h(self.activate(up_states))
         gate, up_states = up_states.chunk(2, dim=-1)
-        return self.dense_4h_to_h(F.silu(gate) * up_states)
+        if not self.gate_comes_first:
+            gate, up_states = up_states, gate
+        return self.dense_4h_to_h(self.activate(gate) * up_states)
 
 
 def count_turned_channels(config: ChatGLMConfig) -> int:
     """How many channels of a head one position turns."""
-    # CODEPATH: chatglm-6b may turn the whole head by one position; all published checkpoints turn half a head.
+    # CODEPATH: glm-130b turns the whole head by one position, as chatglm-6b may; the others turn half a head.
     return config.head_dim if config.rotary_whole_head else config.head_dim // 2
 
 
@@ -139,7 +156,7 @@ class ChatGLMRotaryEmbedding(nn.Module):
         """Frequencies `base^(-2i / dim)` in float32, shape `[dim / 2]`, and a scaling of 1 for cos and sin."""
         dim = count_turned_channels(config)
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
-        # CODEPATH: chatglm-6b was trained with frequencies that were rounded once.
+        # CODEPATH: chatglm-6b and glm-130b were trained with frequencies that were rounded once.
         if config.rounds_rotary_frequencies:
             return (1.0 / 10000.0**exponents).half().float(), 1.0
         # CODEPATH: chatglm2-6b-32k divides the position by the ratio; chatglm3-6b-32k/-128k and glm4 raise the base.
@@ -240,10 +257,10 @@ class ChatGLMAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        # CODEPATH: chatglm2, chatglm3, glm4 turn neighbours; chatglm-6b turns halves.
+        # CODEPATH: chatglm2, chatglm3, glm4 turn neighbours; chatglm-6b and glm-130b turn halves.
         self.pair_distance = 1 if config.rotary_interleaved else count_turned_channels(config) // 2
-        # CODEPATH: chatglm2, chatglm3, glm4: all queries, then all keys, then all values; chatglm-6b head by head.
-        self.is_qkv_interleaved = not config.multi_query_attention
+        # CODEPATH: chatglm2, chatglm3, glm4 and glm: all queries, all keys, all values; chatglm-6b, glm-130b by head.
+        self.is_qkv_interleaved = config.is_qkv_interleaved
         self.num_query_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
         query_size = self.num_query_heads * self.head_dim
         qkv_size = query_size + 2 * self.num_key_value_heads * self.head_dim
@@ -252,9 +269,13 @@ class ChatGLMAttention(nn.Module):
         self.dense = ChatGLMLinear(query_size, config.hidden_size, bias=config.add_bias_linear)
 
     def make_states(
-        self, qkv: torch.Tensor, own: torch.Tensor, partner: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, qkv: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, ...]:
         """`[batch, seq, fused]` -> turned queries and keys, and values, each `[batch, seq, heads, head_dim]`."""
+        # CODEPATH: glm, whose positions are in the embeddings.
+        if position_embeddings is None:
+            return qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        own, partner = position_embeddings
         if self.is_qkv_interleaved:
             heads = qkv.unflatten(-1, (-1, 3, self.head_dim))
             # Queries and keys are turned together: on CPUs, one token costs as much time as there are operators.
@@ -270,13 +291,13 @@ class ChatGLMAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         prefix_cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        states = self.make_states(self.query_key_value(hidden_states), *position_embeddings)
+        states = self.make_states(self.query_key_value(hidden_states), position_embeddings)
         query_states, key_states, value_states = [heads.transpose(1, 2) for heads in states]
 
         # Gradient checkpointing, which needs `prefix_cache`, sets `past_key_values` to None.
@@ -354,7 +375,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -385,10 +406,12 @@ class ChatGLMEncoder(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        tables = spread_rotary_tables(*position_embeddings, self.head_dim, self.rotary_interleaved)
+        tables = None
+        if position_embeddings is not None:
+            tables = spread_rotary_tables(*position_embeddings, self.head_dim, self.rotary_interleaved)
         for layer in self.layers:
             hidden_states = layer(hidden_states, position_embeddings=tables, **kwargs)
         return self.final_layernorm(hidden_states)

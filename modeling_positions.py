@@ -15,9 +15,10 @@
 
 What is unusual here:
 
-- ChatGLM-6B is a prefix language model. What stands before `<sop>` sees itself both ways. Its tokens have two
-  positions, in the text and in the answer, and both are read off the ids.
+- ChatGLM-6B is a prefix language model, and GLM-130B is. What stands before `<sop>` sees itself both ways. Its tokens
+  have two positions, in the text and in the answer, and both are read off the ids; in GLM-130B they are one.
 - The tokenizer of ChatGLM-6B returns a mask of its own kind, in which true means hidden.
+- GLM reads nothing off the ids. Its masks say who sees whom, in one of three ways.
 - Samples that are packed into one row are told apart by positions that start again.
 - A mask never hides everything from a query: padding positions get some attention instead of NaN.
 """
@@ -49,6 +50,17 @@ def reduce_published_mask(attention_mask: torch.Tensor | None, num_tokens: int |
     return reduced if num_tokens is None else reduced[:, -num_tokens:]
 
 
+def read_published_mask(config: PreTrainedConfig, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The masks of ChatGLM-6B and GLM-130B, bool `[batch, 1, seq, seq]`, true = hidden, as 1 = real or visible.
+
+    Other masks stay as they are.
+    """
+    # CODEPATH: glm-130b builds masks of any form; chatglm-6b's tell what is padding, the ids where its context ends.
+    if config.mask_is_whole and attention_mask is not None and attention_mask.dtype == torch.bool:
+        return (~attention_mask).long() if attention_mask.ndim == 4 else attention_mask
+    return reduce_published_mask(attention_mask)
+
+
 def make_published_mask(
     config: PreTrainedConfig, input_ids: torch.Tensor, past_key_values: Any, padding_mask: torch.Tensor | None
 ) -> torch.Tensor:
@@ -77,6 +89,72 @@ def make_published_mask(
         if num_cached == 0:
             visible = visible | ~is_real[:, :, None]
     return ~visible[:, None]
+
+
+def make_whole_mask(
+    attention_mask: Any, inputs_embeds: torch.Tensor, past_key_values: Cache | None, num_cached: Any
+) -> Any:
+    """A mask of GLM in any of its meanings, as bool `[batch or 1, 1, seq or 1, cached + seq]`, true = visible.
+
+    Args:
+        attention_mask: one element, or one for each row: how many of the new tokens are seen by all of them, the others
+            from left to right; `[batch, tokens]`, 1 for real tokens, which all see each other; or
+            `[batch, 1, seq, tokens]`, 1 = visible, of which the last rows and columns count. As in the published code,
+            a mask of that many elements has the first meaning whatever its form. `None` is causal and stays.
+        inputs_embeds: of the new tokens, `[batch, seq, width]`.
+        past_key_values: the cache. A whole mask that comes with a static one was made for it and stays.
+        num_cached: how many tokens it holds. Where the mask is a number of tokens, all of them are seen.
+    """
+    static_cache = past_key_values if past_key_values is not None and past_key_values.is_compileable else None
+    if not isinstance(attention_mask, torch.Tensor) or (static_cache is not None and attention_mask.ndim == 4):
+        return attention_mask
+    batch_size, seq_len = inputs_embeds.shape[:2]
+    num_cached = int(num_cached)
+    if attention_mask.numel() in (1, batch_size):
+        columns = torch.arange(seq_len, device=attention_mask.device)
+        visible = (columns <= columns[:, None]) | (columns < attention_mask.view(-1, 1, 1))
+        visible = F.pad(visible, (num_cached, 0), value=True)[:, None]
+    else:
+        whole = attention_mask[:, None, None] if attention_mask.ndim == 2 else attention_mask
+        # Of any dtype: a published mask of floats holds 0 and 1 too.
+        visible = whole[..., -seq_len:, -(num_cached + seq_len) :].bool()
+    visible = visible.expand(-1, -1, seq_len, -1)
+    num_places = visible.shape[-1] if static_cache is None else static_cache.get_max_length()
+    return F.pad(visible, (0, num_places - visible.shape[-1]))
+
+
+def cut_positions(position_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The first positions of `[batch, 2, tokens]` or `[batch, tokens]`, continued where there are too few."""
+    num_more = num_tokens - position_ids.shape[-1]
+    return continue_positions(position_ids, num_more) if num_more > 0 else position_ids[..., :num_tokens]
+
+
+def cut_generation_mask(
+    mask: torch.Tensor, num_tokens: int, num_new: int, config: PreTrainedConfig, past_key_values: Cache | None
+) -> torch.Tensor:
+    """What the last `num_new` of `num_tokens` tokens see: a part of GLM's `generation_attention_mask`.
+
+    Args:
+        mask: `[batch, 1, whole, whole]`, 1 = visible, for the context and for all of the answer.
+        num_tokens: how many tokens there are so far, those in the cache included.
+        num_new: how many of them come now.
+        config: of the model, which may have a P-tuning prefix.
+        past_key_values: the cache; a static one has more places than tokens.
+
+    Raises:
+        ValueError: if the mask ends before the tokens do.
+    """
+    if num_tokens > mask.shape[-1]:
+        raise ValueError(
+            f"`generation_attention_mask` is for {mask.shape[-1]} tokens, and token {num_tokens} is to come: generate "
+            "fewer, or build the inputs with a larger `max_gen_length`."
+        )
+    cut = mask[..., num_tokens - num_new : num_tokens, :num_tokens]
+    if past_key_values is None or not past_key_values.is_compileable:
+        return cut
+    prefix_length = config.pre_seq_len or 0
+    cut = F.pad(cut, (prefix_length, 0), value=1)
+    return F.pad(cut, (0, past_key_values.get_max_length() - cut.shape[-1]))
 
 
 def is_padding_mask(attention_mask: Any) -> TypeGuard[torch.Tensor]:
@@ -118,7 +196,8 @@ def prefix_lm_positions(
     """Positions and context of ChatGLM-6B (GLM, https://arxiv.org/abs/2103.10360), read off the ids.
 
     The context ends where the first `<sop>` stands. The tokens from there on have the position of the mask token that
-    they fill, the first `[gMASK]` or else the first `[MASK]`, and count 1, 2, 3, ... in the block. A row without
+    they fill, the first `[gMASK]` or else the first `[MASK]`, and count 1, 2, 3, ... in the block. In GLM-130B that is
+    the first `[MASK]`, or else the first `[sMASK]`, and behind `[gMASK]` the one position counts on. A row without
     `<sop>` has no answer yet and is read from left to right.
 
     Args:
@@ -138,15 +217,17 @@ def prefix_lm_positions(
         return found.any(-1, keepdim=True), found.int().argmax(-1, keepdim=True)
 
     has_start, start = first_column(config.bos_token_id)
-    has_gmask, gmask = first_column(config.gmask_token_id)
-    has_mask, mask = first_column(config.mask_token_id)
     is_answer = has_start & is_real & (columns >= start)
-    blank = torch.where(has_gmask, gmask, torch.where(has_mask, mask, (start - 1).clamp(min=0)))
+    blank, is_gmask = (start - 1).clamp(min=0), torch.zeros_like(has_start)
+    for token_id in reversed(config.blank_token_ids):
+        is_there, column = first_column(token_id)
+        blank = torch.where(is_there, column, blank)
+        is_gmask = torch.where(is_there, token_id == config.gmask_token_id, is_gmask)
     blank_position = index.gather(1, blank)
     token_types = (has_start & is_real & (columns < start)).long()
-    # CODEPATH: no published checkpoint has one-dimensional positions; there `[gMASK]` lets them count on.
+    # CODEPATH: glm-130b has one-dimensional positions; there `[gMASK]` lets them count on.
     if not config.position_encoding_2d:
-        return torch.where(is_answer & ~has_gmask, blank_position, index) * is_real, token_types
+        return torch.where(is_answer & ~is_gmask, blank_position, index) * is_real, token_types
     position = torch.where(is_answer, blank_position, index)
     block_position = torch.where(is_answer, columns - start + 1, 0)
     return torch.stack((position, block_position), dim=1), token_types
@@ -363,8 +444,8 @@ def make_mask(
     # CODEPATH: chatglm-6b, whose context is in the first step as a whole; whatever follows sees all of it.
     if config.prefix_lm and is_first_step and token_type_ids is not None:
         block_sequence_ids = F.pad(torch.where(token_type_ids == 1, 0, -1), (prefix_length, 0), value=-1)
-    # CODEPATH: chatglm2, chatglm3, glm4; chatglm-6b's positions come in two rows and stand still.
-    if not config.prefix_lm and is_first_step and attention_mask is None and position_ids is not None:
+    # CODEPATH: chatglm2, chatglm3, glm4; the positions of chatglm-6b, glm and glm-130b stand still.
+    if not config.is_bidirectional and is_first_step and attention_mask is None and position_ids is not None:
         position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
         is_same_sample = same_sample_function(position_ids, prefix_length)
     return create_causal_mask(
@@ -380,12 +461,16 @@ def make_mask(
 __all__ = [
     "continue_positions",
     "count_positions",
+    "cut_generation_mask",
+    "cut_positions",
     "is_first_step",
     "make_mask",
     "make_prefix_lm_inputs",
     "make_published_mask",
     "make_room_for_prefix",
+    "make_whole_mask",
     "prefix_lm_positions",
+    "read_published_mask",
     "reduce_published_mask",
     "unmask_empty_rows",
 ]
