@@ -18,7 +18,8 @@
 | `models.py` | which models are served, and under which names? |
 | `engines.py` | how are answers generated: many in one batch, or one after the other? |
 | `sampling.py` | how is the next token chosen, for each request its own way? |
-| `answers.py` | how do ids become text, stop strings and tool calls while they come? |
+| `answers.py` | how do ids become text while they come, and when does it end? |
+| `reading.py` | how is an answer read while it comes? |
 | `requests.py` | what may a request ask for? |
 | `errors.py` | what does each door say when something is wrong? |
 | `openai_door.py` | OpenAI's `/v1`, on the server that comes with Transformers |

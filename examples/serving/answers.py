@@ -11,9 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How do ids become text, stop strings and tool calls while they come?"""
+"""How do ids become text while they come, and when does it end?"""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import RequestError
 
+
+logger = logging.getLogger("uvicorn.error")
 
 # Ids that are decoded again with every new one. A character has four bytes at most, each with a token of its own.
 WINDOW = 8
@@ -72,6 +75,12 @@ class IncrementalDecoder:
         return text[len(given) :]
 
 
+def overlap(text: str, string: str) -> int:
+    """How many characters at the end of a text could be the beginning of a string."""
+    longest = min(len(string) - 1, len(text))
+    return next((length for length in range(longest, 0, -1) if text.endswith(string[:length])), 0)
+
+
 class StopStrings:
     """Cuts a text off before the first of some strings, holding back what could be the beginning of one."""
 
@@ -88,14 +97,10 @@ class StopStrings:
             self.is_hit = True
             given, self.held = self.held[: min(places)], ""
             return given
-        length = max((self._overlap(string) for string in self.strings), default=0)
+        length = max((overlap(self.held, string) for string in self.strings), default=0)
         split = len(self.held) - length
         given, self.held = self.held[:split], self.held[split:]
         return given
-
-    def _overlap(self, string: str) -> int:
-        longest = min(len(string) - 1, len(self.held))
-        return next((length for length in range(longest, 0, -1) if self.held.endswith(string[:length])), 0)
 
 
 class AnswerStream:
@@ -109,8 +114,7 @@ class AnswerStream:
         settings: how the answer is generated.
         tokenizer: decodes the ids.
         stop_ids: the tokens that end an answer.
-        read: turns a piece of text, or `None` at the end, into items; given to have tool calls read. It is shown the
-            name of the stop token, too.
+        read: turns a piece of text, or `None` at the end, into items; see `reading.py`.
         on_token: called with the number of tokens so far after each.
     """
 
@@ -132,7 +136,7 @@ class AnswerStream:
         # What stops the generation; whoever generates sets it.
         self.stop_generating: Callable[[], None] = lambda: None
         self.when_done: list[Callable[[], None]] = []
-        self._tokenizer, self._read, self._on_token = tokenizer, read, on_token
+        self._read, self._on_token = read, on_token
         self._decoder = IncrementalDecoder(tokenizer.decode)
         self._stops = StopStrings(settings.stop)
 
@@ -142,24 +146,21 @@ class AnswerStream:
 
     def put(self, new_ids: Iterable[int]) -> None:
         """Take new tokens. What comes after the end of the answer is dropped."""
-        for token_id in new_ids:
-            if self.is_done:
-                return
-            self.total_tokens += 1
-            self._on_token(self.total_tokens)
-            if token_id in self.stop_ids:
-                name = self._tokenizer.decode([token_id], skip_special_tokens=False) if self._read else ""
-                self._finish("stop", name)
-                return
-            self._give(self._stops.feed(self._decoder.step(token_id)))
-            if self._stops.is_hit:
-                self._finish("stop")
-                self.stop_generating()
+        try:
+            for token_id in new_ids:
+                if not self.is_done:
+                    self._put(token_id)
+        except Exception as error:  # Nobody above could tell who waits for this answer.
+            self._fail_unexpectedly(error)
 
     def end(self) -> None:
         """Nothing more comes."""
-        if not self.is_done:
+        if self.is_done:
+            return
+        try:
             self._finish("length" if self.total_tokens >= self.settings.max_new_tokens else "stop")
+        except Exception as error:  # As above.
+            self._fail_unexpectedly(error)
 
     def fail(self, error: RequestError) -> None:
         """Nothing more comes, because of an error."""
@@ -173,20 +174,43 @@ class AnswerStream:
             self._close("cancelled", None)
             self.stop_generating()
 
-    def _give(self, text: str) -> None:
-        for item in [text] if self._read is None else self._read(text):
+    def _put(self, token_id: int) -> None:
+        self.total_tokens += 1
+        self._on_token(self.total_tokens)
+        if token_id in self.stop_ids:
+            self._finish("stop")
+            return
+        self._give(self._decoder.step(token_id))
+        if self._stops.is_hit:
+            self._close("stop", None)
+            self.stop_generating()
+
+    def _give(self, text: str | None) -> None:
+        items = [text] if self._read is None else self._read(text)
+        for item in items:
+            if self._stops.is_hit:
+                return
+            if isinstance(item, str):
+                item = self._stops.feed(item)
+            elif item is not None:
+                self._give_held()
             if item:
                 self.queue.put_nowait(item)
 
-    def _finish(self, reason: str, closing: str = "") -> None:
-        if not self._stops.is_hit:
-            self._give(self._stops.feed(self._decoder.finish()))
-            if not self._stops.is_hit:
-                self._give(self._stops.held + closing)
-        for item in self._read(None) if self._read is not None else ():
-            if item:
-                self.queue.put_nowait(item)
-        self._close(reason, None)
+    def _give_held(self) -> None:
+        if self._stops.held:
+            self.queue.put_nowait(self._stops.held)
+            self._stops.held = ""
+
+    def _finish(self, reason: str) -> None:
+        self._give(self._decoder.finish())
+        self._give(None)
+        self._give_held()
+        self._close("stop" if self._stops.is_hit else reason, None)
+
+    def _fail_unexpectedly(self, error: Exception) -> None:
+        logger.error("an answer could not be read", exc_info=error)
+        self.fail(RequestError("The server failed to read the answer; its log says why.", status=500))
 
     def _close(self, reason: str, item: RequestError | None) -> None:
         self.finish_reason = reason

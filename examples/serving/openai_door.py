@@ -23,12 +23,12 @@ import asyncio
 import functools
 import json
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
+from jinja2 import TemplateError
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageToolCall
 from openai.types.chat.chat_completion_chunk import ChoiceDeltaToolCall
@@ -39,12 +39,12 @@ from openai.types.completion_usage import CompletionUsage
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import GenerationState, ToolCall, response_events_to_chunks
-from transformers.utils.chat_parsing import ResponseParser
+from transformers.cli.serving.utils import GenerationState
 
 from .answers import AnswerStream
 from .errors import RequestError, error_body
 from .models import Models, ServedModel
+from .reading import Call, reader_for
 from .requests import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
@@ -58,88 +58,6 @@ from .requests import (
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 STREAM_END = "data: [DONE]\n\n"
-
-# How ChatGLM3 calls its code interpreter, which it does where no tools are offered: the name, and code in a fence.
-INTERPRETER_TEMPLATE: dict[str, Any] = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "<|assistant|>",
-    "fields": {
-        "tool_calls": {
-            "open_pattern": r"(?:^|<\|assistant\|>)[ ]*(?P<name>interpreter)[ ]*\n[ ]*",
-            "close": ["<|assistant|>", "<|user|>", "<|observation|>", "</s>"],
-            "repeats": True,
-            "content": "text",
-            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
-        },
-        "content": {"close": ["<|assistant|>", "<|user|>", "<|observation|>", "</s>"], "content": "text"},
-    },
-}
-
-
-class CallReader:
-    """Makes text and tool calls of an answer that comes in pieces, by the library's parser.
-
-    Text has no white space around it, as in `chat`: ChatGLM3 and GLM-4 begin every answer with a newline.
-    """
-
-    def __init__(self, template: Mapping[str, Any], prefix: str, tools: Any) -> None:
-        self.parser = ResponseParser(template, prefix=prefix, tools=tools)
-        self.initial = response_events_to_chunks(self.parser.initial_events)
-        # White space that is given out if more text follows; `None` before the first text.
-        self.blanks: str | None = None
-
-    def __call__(self, text: str | None) -> list[Any]:
-        items, self.initial = self.initial, []
-        if text is not None:
-            items += response_events_to_chunks(self.parser.feed(text))
-        else:
-            # A call that has not ended could not be carried out.
-            with suppress(ValueError, RuntimeError):
-                items += response_events_to_chunks(self.parser.finalize()[1])
-        return [item if isinstance(item, ToolCall) else self._stripped(item) for item in items]
-
-    def _stripped(self, text: str) -> str:
-        if self.blanks is None:
-            text = text.lstrip()
-        kept = text.rstrip()
-        if not kept:
-            self.blanks = None if self.blanks is None else self.blanks + text
-            return ""
-        given, self.blanks = (self.blanks or "") + kept, text[len(kept) :]
-        return given
-
-
-class PlainReader:
-    """Makes of an answer without calls what `chat` makes of it: without white space around it, for example."""
-
-    # What the next character may change; see `CHINESE_PUNCTUATION` in conversation_chatglm.py.
-    OPEN_ENDS = ",!:;?"
-
-    def __init__(self, served: ServedModel) -> None:
-        self.read_answer = served.model.chat_format.read_answer
-        self.text, self.given = "", ""
-
-    def __call__(self, text: str | None) -> list[Any]:
-        self.text += text or ""
-        answer = self.read_answer(self.text, [])[0]
-        if text is not None:
-            answer = answer.rstrip(self.OPEN_ENDS)
-        if not answer.startswith(self.given):
-            return []
-        new, self.given = answer[len(self.given) :], answer
-        return [new]
-
-
-def reader_for(served: ServedModel, prompt_ids: list[int], tools: Any) -> Callable[[str | None], list[Any]]:
-    """What reads an answer to a prompt."""
-    chat_format = served.model.chat_format
-    # CODEPATH: chatglm3 and glm4; chatglm and chatglm2 know no tools.
-    if chat_format.response_template is None:
-        return PlainReader(served)
-    # CODEPATH: chatglm3; glm4 has to be offered its python tool.
-    has_interpreter = bool(chat_format.unoffered_tools) and not tools
-    template = INTERPRETER_TEMPLATE if has_interpreter else chat_format.response_template
-    return CallReader(template, served.tokenizer.decode(prompt_ids[-1:], skip_special_tokens=False), tools)
 
 
 class Handler:
@@ -188,7 +106,7 @@ class Handler:
                     yield f"data: {json.dumps(error_body('/v1', item))}\n\n"
                     return
                 yield self._event(name, served, item, num_calls)
-                num_calls += isinstance(item, ToolCall)
+                num_calls += isinstance(item, Call)
             yield self._last_events(
                 name, served, finish_reason(answer, num_calls), usage_of(answer) if wants_usage else None
             )
@@ -227,17 +145,18 @@ class ChatHandler(Handler, ChatCompletionHandler):
             if offered is not None and not isinstance(offered, list):
                 raise TypeError("`tools` must be a list")
             prompt_ids = await asyncio.to_thread(encode, messages, tools=offered)
-        except (TypeError, ValueError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError, TemplateError) as error:
             raise RequestError(str(error), "tools" if "tools" in str(error) else "messages") from None
         room = served.room_for(prompt_ids, "messages")
         settings = read_settings(body, served, room, ("max_completion_tokens", "max_tokens"))
-        return served.start(prompt_ids, settings, reader_for(served, prompt_ids, offered))
+        has_tools = bool(offered) or any("tools" in message for message in messages)
+        return served.start(prompt_ids, settings, reader_for(served.model.chat_format, has_tools))
 
     def _result(self, name: str, served: ServedModel, answer: AnswerStream, items: list[Any]) -> dict[str, Any]:
         calls = [
             ChatCompletionMessageToolCall(id=call_id(), type="function", function=as_function(item))
             for item in items
-            if isinstance(item, ToolCall)
+            if isinstance(item, Call)
         ]
         text = "".join(item for item in items if isinstance(item, str))
         return self._build_completion(
@@ -253,7 +172,7 @@ class ChatHandler(Handler, ChatCompletionHandler):
         return self._build_chunk_sse(name, role="assistant", content="", model=served.name)
 
     def _event(self, name: str, served: ServedModel, item: Any, num_calls: int) -> str:
-        if isinstance(item, ToolCall):
+        if isinstance(item, Call):
             call = ChoiceDeltaToolCall(index=num_calls, type="function", id=call_id(), function=as_function(item))
             return self._build_chunk_sse(name, model=served.name, tool_calls=[call])
         return self._build_chunk_sse(name, model=served.name, content=item)
@@ -320,7 +239,7 @@ def call_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
-def as_function(call: ToolCall) -> dict[str, str]:
+def as_function(call: Call) -> dict[str, str]:
     return {"name": call.name, "arguments": call.arguments}
 
 
