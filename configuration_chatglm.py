@@ -28,10 +28,12 @@ What is unusual here:
 """
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 import transformers
 
 
@@ -409,11 +411,28 @@ class ChatGLMConfig(PreTrainedConfig):
         kwargs.pop("model_type", None)
         for name in [name for name in kwargs if name in self.attribute_map]:
             setattr(self, name, kwargs.pop(name))
+        self._check_inherited(kwargs)
         if self.quantization_bit and kwargs.get("quantization_config") is None:
             kwargs["quantization_config"] = {"quant_method": "chatglm", "bits": self.quantization_bit}
         self._fill_in_defaults()
         self._validate_sizes()
         super().__post_init__(**kwargs)
+
+    def _check_inherited(self, settings: Mapping[str, Any]) -> None:
+        """Refuse settings of every configuration that the library would stumble over without naming them."""
+        for name in ("auto_map", "id2label", "label2id", "quantization_config", "rope_parameters", "rope_scaling"):
+            value = settings.get(name, getattr(self, name, None))
+            # A quantization_config may be an object of the library's.
+            if not (value is None or isinstance(value, Mapping) or hasattr(value, "to_dict")):
+                raise TypeError(f"`{name}` must be a dict, got {reprlib.repr(value)}.")
+        for name, value in (("dtype", self.dtype), ("torch_dtype", settings.get("torch_dtype"))):
+            dtype = getattr(torch, value, None) if isinstance(value, str) else value
+            if value is not None and not isinstance(dtype, torch.dtype):
+                raise ValueError(f'`{name}` must name a dtype of torch, such as "float16", got {reprlib.repr(value)}.')
+        for name in settings:
+            attribute = getattr(type(self), name, None)
+            if callable(attribute) or (isinstance(attribute, property) and attribute.fset is None):
+                raise ValueError(f"`{name}` is no setting: the configuration has a method or property of that name.")
 
     def _fill_in_defaults(self) -> None:
         defaults = {

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How a tool call is written as text and read back.
+"""How a tool call is written as text and read back, and how tools are described.
 
 What is unusual here:
 
@@ -22,6 +22,7 @@ What is unusual here:
 - The values are those that JSON can hold, because other programs get them. What is written here can be read back.
 """
 
+import copy
 import json
 import math
 import re
@@ -30,11 +31,16 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .conversation_templates import GLM4_BUILTIN_TOOLS, GLM4_TOOL_NOTE
+
 
 # Limits of what is taken for a tool call; anything larger is an answer in plain text.
 MAX_CALL_LENGTH = 100_000
 MAX_CALL_DEPTH = 32
 MAX_NUMBER_LENGTH = 1000
+# Limits of what a caller puts into a message or into the description of a tool.
+MAX_DEPTH = 100
+MAX_VALUES = 100_000
 
 # The words of Python source that a call may hold. None of the patterns goes back over what it has matched.
 BLANKS = re.compile(r"(?:\s++|#[^\n]*+|\\\n)*+")
@@ -99,16 +105,42 @@ def write_call(name: str, arguments: Any, call_text: Callable[[Mapping[str, Any]
         ValueError: for a name or arguments that could not be read back.
     """
     if not name.strip() or name != name.strip() or "\n" in name:
-        raise ValueError(f"The name of a tool must be one line with no space around it, got {name!r}.")
+        raise ValueError(f"The name of a tool must be one line with no space around it, got {reprlib.repr(name)}.")
     values = json_arguments(name, arguments)
     text = call_text(values)
     if parse_tool_call(text) != values:
         raise ValueError(
-            f"The tool call {name!r} could not be read back as it is written. A call has at most {MAX_CALL_LENGTH} "
+            f"The tool call {reprlib.repr(name)} could not be read back as it is written. A call has at most {MAX_CALL_LENGTH} "
             f"characters and {MAX_CALL_DEPTH} levels of nesting, a number at most {MAX_NUMBER_LENGTH} digits, and no "
             f"text holds half of a surrogate pair: {reprlib.repr(values)}."
         )
     return text
+
+
+def check_size(value: Any, place: str) -> None:
+    """Refuse a value that cannot be copied and written in good time: lists and dicts that hold themselves, too.
+
+    Args:
+        value: anything.
+        place: what the message calls it.
+
+    Raises:
+        ValueError: for more than `MAX_DEPTH` levels of nesting or `MAX_VALUES` values.
+    """
+    waiting = [(value, 0)]
+    count = 0
+    while waiting:
+        item, depth = waiting.pop()
+        count += 1
+        if depth > MAX_DEPTH or count > MAX_VALUES:
+            raise ValueError(
+                f"{place} may have {MAX_DEPTH} levels of nesting and {MAX_VALUES} values at most, and no list or dict "
+                f"may hold itself: {reprlib.repr(value)}."
+            )
+        if isinstance(item, Mapping):
+            waiting += [(inner, depth + 1) for inner in item.values()]
+        elif isinstance(item, (list, tuple)):
+            waiting += [(inner, depth + 1) for inner in item]
 
 
 def json_arguments(name: str, arguments: Any) -> dict[str, Any]:
@@ -116,14 +148,17 @@ def json_arguments(name: str, arguments: Any) -> dict[str, Any]:
     try:
         values = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"The arguments of the tool call {name!r} are not JSON: {error}.") from error
+        raise ValueError(f"The arguments of the tool call {reprlib.repr(name)} are not JSON: {error}.") from error
     if not isinstance(values, Mapping):
-        raise ValueError(f"The arguments of the tool call {name!r} must be a dict, got {reprlib.repr(values)}.")
+        raise ValueError(
+            f"The arguments of the tool call {reprlib.repr(name)} must be a dict, got {reprlib.repr(values)}."
+        )
+    check_size(values, f"The arguments of the tool call {reprlib.repr(name)}")
     try:
         return json.loads(json.dumps(dict(values), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"The arguments of the tool call {name!r} have no JSON form ({error}): {reprlib.repr(values)}. Give "
+            f"The arguments of the tool call {reprlib.repr(name)} have no JSON form ({error}): {reprlib.repr(values)}. Give "
             "strings, finite numbers, booleans, None, lists and dicts."
         ) from error
 
@@ -133,7 +168,7 @@ def call_as_python(arguments: Mapping[str, Any]) -> str:
     for name in arguments:
         if not name.isidentifier():
             raise ValueError(
-                f"ChatGLM3 writes a call as Python source, where {name!r} cannot be the name of an argument. Rename "
+                f"ChatGLM3 writes a call as Python source, where {reprlib.repr(name)} cannot be the name of an argument. Rename "
                 "it in the description of the tool, to letters, digits and underscores."
             )
     source = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
@@ -143,6 +178,74 @@ def call_as_python(arguments: Mapping[str, Any]) -> str:
 def call_as_json(arguments: Mapping[str, Any]) -> str:
     """The arguments of a call as GLM-4 was taught to write them."""
     return json.dumps(arguments, ensure_ascii=False)
+
+
+def normalize_tools(tools: Any, place: str) -> Any:
+    """Descriptions of tools without the wrapping of OpenAI's API, new ones, in a list or in a dict by name.
+
+    Args:
+        tools: what was given.
+        place: what the message calls it.
+
+    Raises:
+        TypeError: for anything but descriptions that JSON can hold.
+        ValueError: for more than `check_size` lets through.
+    """
+    # The published `get_tools` give a dict, which ChatGLM3 writes as it is.
+    descriptions = list(tools.values()) if isinstance(tools, Mapping) else tools
+    if not isinstance(descriptions, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in descriptions):
+        raise TypeError(
+            f"{place} must be a list of function descriptions (dicts), or a dict of them by name, got "
+            f"{reprlib.repr(tools)}."
+        )
+    functions = [tool.get("function", tool) for tool in descriptions]
+    for function in functions:
+        if not isinstance(function, Mapping):
+            raise TypeError(
+                f"Each of {place} must describe a function by a dict with its `name` and `parameters`, got "
+                f"{reprlib.repr(function)}."
+            )
+    written = dict(tools) if isinstance(tools, Mapping) else [dict(function) for function in functions]
+    check_size(written, place)
+    try:
+        json.dumps(written)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"{place} must hold JSON values ({error}), got {reprlib.repr(written)}.") from error
+    return copy.deepcopy(written)
+
+
+def _type_without_name(tool: Mapping[str, Any]) -> str:
+    """The type of a built-in tool, which has nothing else; empty for a function."""
+    kind = tool.get("type")
+    return kind if isinstance(kind, str) and "name" not in tool else ""
+
+
+def tools_as_list(tools: Any) -> str:
+    """The descriptions of tools as ChatGLM3 reads them, behind the system text."""
+    for tool in tools if not isinstance(tools, Mapping) else ():
+        if kind := _type_without_name(tool):
+            raise ValueError(
+                f"The tool of type {reprlib.repr(kind)} is built into GLM-4, not into ChatGLM3, which has to be told the `name` and "
+                "`parameters` of a tool. Its code interpreter answers where no tools are offered."
+            )
+    return "\n" + json.dumps(tools, indent=4, ensure_ascii=False)
+
+
+def tools_as_sections(tools: Any) -> str:
+    """The descriptions of tools as GLM-4 reads them, behind the system text."""
+    text = ""
+    for item in tools.values() if isinstance(tools, Mapping) else tools:
+        tool = item.get("function", item)
+        if (kind := _type_without_name(tool)) in GLM4_BUILTIN_TOOLS:
+            text += f"\n\n## {kind}\n\n{GLM4_BUILTIN_TOOLS[kind]}"
+        elif isinstance(tool.get("name"), str):
+            text += f"\n\n## {tool['name']}\n\n{json.dumps(tool, indent=4, ensure_ascii=False)}{GLM4_TOOL_NOTE}"
+        else:
+            raise ValueError(
+                f"GLM-4 writes the name of a tool above it, and this one has none: {reprlib.repr(tool)}. Its built-in "
+                f"tools are the types {', '.join(GLM4_BUILTIN_TOOLS)}."
+            )
+    return text
 
 
 def _check_json_value(value: Any, depth: int) -> None:
@@ -295,4 +398,13 @@ def _unescape(match: re.Match[str]) -> str:
     return ESCAPED_CHARACTERS.get(character, character)
 
 
-__all__ = ["call_as_json", "call_as_python", "parse_tool_call", "write_call"]
+__all__ = [
+    "call_as_json",
+    "call_as_python",
+    "check_size",
+    "normalize_tools",
+    "parse_tool_call",
+    "tools_as_list",
+    "tools_as_sections",
+    "write_call",
+]

@@ -40,7 +40,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from .conversation_calls import call_as_json, call_as_python, parse_tool_call, write_call
+from .conversation_calls import (
+    call_as_json,
+    call_as_python,
+    check_size,
+    normalize_tools,
+    parse_tool_call,
+    tools_as_list,
+    tools_as_sections,
+    write_call,
+)
 from .conversation_templates import (
     CHATGLM2_TEMPLATE,
     CHATGLM2_TOKENS,
@@ -55,7 +64,6 @@ from .conversation_templates import (
     GLM4_RESPONSE_TEMPLATE,
     GLM4_TEMPLATE,
     GLM4_TOKENS,
-    GLM4_TOOL_NOTE,
     GLM4_TOOLS_HEADING,
     GLM4_TOOLS_PROMPT,
     PUBLISHED_TEMPLATES,
@@ -269,9 +277,15 @@ class ConversationFormat:
     def _normalize_message(self, message: Mapping[str, Any], place: str) -> list[Message]:
         role = "observation" if message.get("role") == "tool" else message.get("role")
         if role not in ROLES:
-            raise ValueError(f"{place} has the role {role!r}; the roles are {', '.join(ROLES)} and OpenAI's tool.")
-        if "content" not in message and not message.get("tool_calls"):
+            raise ValueError(
+                f"{place} has the role {reprlib.repr(role)}; the roles are {', '.join(ROLES)} and OpenAI's tool."
+            )
+        calls = message.get("tool_calls")
+        if calls is not None and not isinstance(calls, (list, tuple)):
+            raise TypeError(f"`tool_calls` of {place} must be a list, got {reprlib.repr(calls)}.")
+        if "content" not in message and not calls:
             raise ValueError(f"{place} has no `content`: {reprlib.repr(dict(message))}.")
+        check_size(message, place)
         normalized = {
             key: copy.deepcopy(value)
             for key, value in message.items()
@@ -281,12 +295,9 @@ class ConversationFormat:
         if not isinstance(normalized.get("metadata", ""), str):
             raise TypeError(f"The metadata of {place} must be a string, got {reprlib.repr(normalized['metadata'])}.")
         if role == "system" and "tools" in normalized:
-            normalized["tools"] = _normalize_tools(normalized["tools"], f"`tools` of {place}")
-        calls = message.get("tool_calls")
+            normalized["tools"] = normalize_tools(normalized["tools"], f"`tools` of {place}")
         if not calls:
             return [normalized]
-        if not isinstance(calls, (list, tuple)):
-            raise TypeError(f"`tool_calls` of {place} must be a list, got {reprlib.repr(calls)}.")
         if role != "assistant":
             raise ValueError(f"{place} has `tool_calls` and the role {role!r}; only the assistant calls tools.")
         written = [normalized] if normalized["content"] else []
@@ -294,7 +305,8 @@ class ConversationFormat:
             function = call.get("function", call) if isinstance(call, Mapping) else {}
             if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
                 raise ValueError(f"A tool call of {place} has no function name: {reprlib.repr(call)}.")
-            written.append(self.write_tool_call(function["name"], function.get("arguments") or {}))
+            arguments = function.get("arguments")
+            written.append(self.write_tool_call(function["name"], {} if arguments is None else arguments))
         return written
 
 
@@ -409,7 +421,7 @@ class RoleFormat(ConversationFormat):
             if "tools" in system:
                 raise ValueError("Tools were given twice: in the system message and as `tools`. Give them once.")
         content = system["content"] + self.tools_heading
-        return [{**system, "content": content, "tools": _normalize_tools(tools, "`tools`")}, *messages]
+        return [{**system, "content": content, "tools": normalize_tools(tools, "`tools`")}, *messages]
 
     def write_tool_call(self, name: str, arguments: Mapping[str, Any] | str) -> Message:
         """See `ConversationFormat.write_tool_call`; a tool that is called with plain text takes it as it is."""
@@ -517,61 +529,6 @@ def _is_known_template(template: Any) -> bool:
     return digest in EARLIER_TEMPLATES or digest in PUBLISHED_TEMPLATES
 
 
-def _normalize_tools(tools: Any, place: str) -> Any:
-    # The published `get_tools` give a dict, which ChatGLM3 writes as it is.
-    descriptions = list(tools.values()) if isinstance(tools, Mapping) else tools
-    if not isinstance(descriptions, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in descriptions):
-        raise TypeError(
-            f"{place} must be a list of function descriptions (dicts), or a dict of them by name, got "
-            f"{reprlib.repr(tools)}."
-        )
-    functions = [tool.get("function", tool) for tool in descriptions]
-    for function in functions:
-        if not isinstance(function, Mapping):
-            raise TypeError(
-                f"Each of {place} must describe a function by a dict with its `name` and `parameters`, got "
-                f"{reprlib.repr(function)}."
-            )
-    written = dict(tools) if isinstance(tools, Mapping) else [dict(function) for function in functions]
-    try:
-        json.dumps(written)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise TypeError(f"{place} must hold JSON values ({error}), got {reprlib.repr(written)}.") from error
-    return copy.deepcopy(written)
-
-
-def _type_without_name(tool: Mapping[str, Any]) -> str:
-    """The type of a built-in tool, which has nothing else; empty for a function."""
-    kind = tool.get("type")
-    return kind if isinstance(kind, str) and "name" not in tool else ""
-
-
-def _tools_as_list(tools: Any) -> str:
-    for tool in tools if not isinstance(tools, Mapping) else ():
-        if kind := _type_without_name(tool):
-            raise ValueError(
-                f"The tool of type {kind!r} is built into GLM-4, not into ChatGLM3, which has to be told the `name` and "
-                "`parameters` of a tool. Its code interpreter answers where no tools are offered."
-            )
-    return "\n" + json.dumps(tools, indent=4, ensure_ascii=False)
-
-
-def _tools_as_sections(tools: Any) -> str:
-    text = ""
-    for item in tools.values() if isinstance(tools, Mapping) else tools:
-        tool = item.get("function", item)
-        if (kind := _type_without_name(tool)) in GLM4_BUILTIN_TOOLS:
-            text += f"\n\n## {kind}\n\n{GLM4_BUILTIN_TOOLS[kind]}"
-        elif isinstance(tool.get("name"), str):
-            text += f"\n\n## {tool['name']}\n\n{json.dumps(tool, indent=4, ensure_ascii=False)}{GLM4_TOOL_NOTE}"
-        else:
-            raise ValueError(
-                f"GLM-4 writes the name of a tool above it, and this one has none: {reprlib.repr(tool)}. Its built-in "
-                f"tools are the types {', '.join(GLM4_BUILTIN_TOOLS)}."
-            )
-    return text
-
-
 def _checked_segments(segments: list[Segment]) -> list[Segment]:
     for segment in segments:
         check_text(segment.text)
@@ -661,7 +618,7 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             # No `max_length`: the published `chat` goes up to the length of the checkpoint.
             chat_defaults={"top_p": 0.8, "temperature": 0.8},
             tools_prompt=TOOLS_PROMPT,
-            tools_text=_tools_as_list,
+            tools_text=tools_as_list,
             unoffered_tools=("interpreter",),
             call_text=call_as_python,
         ),
@@ -676,7 +633,7 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             chat_defaults={"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
             tools_prompt=GLM4_TOOLS_PROMPT,
             tools_heading=GLM4_TOOLS_HEADING,
-            tools_text=_tools_as_sections,
+            tools_text=tools_as_sections,
             builtin_tools=tuple(GLM4_BUILTIN_TOOLS),
             call_text=call_as_json,
         ),

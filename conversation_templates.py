@@ -322,6 +322,8 @@ GLM4_TEMPLATE = (
 TOOL_NAME = r"(?P<name>[\w.:/\-]{1,64}+)[ ]*\n"
 # Ends a call that is nested deeper than one is read here; the library's JSON reader raises for a model that only opens.
 TOO_DEEP = r"|(?=(?:[\[{][^\[\]{}]*+){33})"
+# The same before a number with more digits than Python reads, for which that reader raises too.
+TOO_LONG = r"|(?<![0-9])(?=[0-9]{4300})"
 
 CHATGLM3_RESPONSE_TEMPLATE: dict[str, Any] = {
     "defaults": {"role": "assistant"},
@@ -330,7 +332,7 @@ CHATGLM3_RESPONSE_TEMPLATE: dict[str, Any] = {
         "tool_calls": {
             # The vocabulary decodes with a space before the name and before the fence.
             "open_pattern": r"(?:^|<\|assistant\|>)[ ]*" + TOOL_NAME + r"[ ]*```\w*\n\s*tool_call\(",
-            "close_pattern": r"\s*```\s*" + TOO_DEEP,
+            "close_pattern": r"\s*```\s*" + TOO_DEEP + TOO_LONG,
             "repeats": True,
             "content": "xml-inline",
             "content_args": {
@@ -362,7 +364,9 @@ GLM4_RESPONSE_TEMPLATE: dict[str, Any] = {
             + r")[ ]*\n|"
             + TOOL_NAME
             + r"\s*(?=\{))",
-            "close_pattern": r"\s*(?:<\|assistant\|>|<\|user\|>|<\|observation\|>|<\|endoftext\|>)" + TOO_DEEP,
+            "close_pattern": r"\s*(?:<\|assistant\|>|<\|user\|>|<\|observation\|>|<\|endoftext\|>)"
+            + TOO_DEEP
+            + TOO_LONG,
             "repeats": True,
             "content": "json",
             "content_args": {"allow_non_json": True},

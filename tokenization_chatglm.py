@@ -208,7 +208,8 @@ class ChatGLMTokenizersBackend(PublishedCalls, TokenizersBackend):
 
     def tokenize(self, text: str, pair: str | None = None, **kwargs: Any) -> list[str]:
         """Cut a text into the names of tokens."""
-        _check_texts((text, pair))
+        for given in (text, pair):
+            _check_texts(given)
         return super().tokenize(text, pair, **kwargs)
 
     def train_new_from_iterator(self, *args: Any, **kwargs: Any) -> "ChatGLMTokenizersBackend":
@@ -533,12 +534,13 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
         return b"".join(chunks).decode(errors="replace")
 
 
-def _check_texts(given: Any) -> None:
+def _check_texts(given: Any, depth: int = 0) -> None:
     if isinstance(given, str):
         check_text(given)
-    elif isinstance(given, (list, tuple)):
+    # A batch of pairs of lists of words is the deepest there is.
+    elif isinstance(given, (list, tuple)) and depth < 3:
         for item in given:
-            _check_texts(item)
+            _check_texts(item, depth + 1)
 
 
 def _added_token(token: str | AddedToken, special: bool) -> AddedToken:

@@ -23,8 +23,10 @@ What is unusual here:
   the `ConversationFormat` of the model, of any generation in `vocabularies`.
 """
 
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +111,7 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         commands = self.special_tokens
         if token not in commands:
             raise ValueError(
-                f"{token!r} is not a control token of {self.chat_format.name}; they are {', '.join(commands)}."
+                f"{reprlib.repr(token)} is not a control token of {self.chat_format.name}; they are {', '.join(commands)}."
             )
         return commands[token]
 
@@ -219,13 +221,26 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         gets the ids of `apply_chat_template`. An explicit `split_special_tokens` takes every text for a plain one, and so
         does a tokenizer that was loaded with it.
         """
+        if isinstance(text, (list, tuple)) and not text and not kwargs.get("is_split_into_words"):
+            raise ValueError("There is nothing to encode: the batch of texts is empty.")
         is_plain = "split_special_tokens" in kwargs or (self.split_special_tokens and not self.always_splits)
         if not add_special_tokens and not is_plain and text_pair is None and text_target is None:
             texts = text if isinstance(text, (list, tuple)) else [text]
             read = [read_rendered(item, self.chat_format) if isinstance(item, str) else None for item in texts]
             if any(read) and not kwargs.get("is_split_into_words"):
                 return self._encode_rendered(texts, read, texts is text, *args, **kwargs)
-        return super().__call__(text, text_pair, text_target, text_pair_target, add_special_tokens, *args, **kwargs)
+        try:
+            return super().__call__(
+                text, text_pair, text_target, text_pair_target, add_special_tokens, *args, **kwargs
+            )
+        except RecursionError:
+            raise ValueError(f"Texts come in lists of texts or of pairs, got {reprlib.repr(text)}.") from None
+
+    def tokenize(self, text: str, *args: Any, **kwargs: Any) -> list[str]:
+        """Cut a text into the names of tokens."""
+        if not isinstance(text, str):
+            raise TypeError(f"`tokenize` takes one text, got {reprlib.repr(text)}.")
+        return super().tokenize(text, *args, **kwargs)
 
     def _encode_rendered(
         self,
@@ -370,10 +385,8 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
             inputs = (conversation, tools, documents, chat_template)
             return super().apply_chat_template(*inputs, tokenize=tokenize, tokenizer_kwargs=tokenizer_kwargs, **kwargs)
         conversation = getattr(conversation, "messages", conversation)
-        if not isinstance(conversation, (list, tuple)) or not conversation:
-            raise ValueError(f"A conversation is a list with at least one message, got {conversation!r}.")
         chat_format = self._known_format(chat_format)
-        is_batched = _is_chat(conversation[0])
+        is_batched = isinstance(conversation, (list, tuple)) and len(conversation) > 0 and _is_chat(conversation[0])
         chats = [
             _checked_chat(getattr(chat, "messages", chat), tools, chat_format, **kwargs)
             for chat in (conversation if is_batched else [conversation])
@@ -530,14 +543,16 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         Returns:
             One string, or a list of strings for a batch. Ids that are not in the vocabulary (the embedding has more
             rows) give nothing; bytes that are not UTF-8 give U+FFFD.
+
+        Raises:
+            TypeError: for anything but ids, with the value.
         """
         chat_format = self._known_format(chat_format)
-        token_ids = to_py_obj(token_ids["input_ids"] if isinstance(token_ids, (dict, BatchEncoding)) else token_ids)
-        if isinstance(token_ids, int):
-            token_ids = [token_ids]
-        if token_ids and isinstance(token_ids[0], (list, tuple)):
-            return [self._decode_ids(ids, skip_special_tokens, chat_format, **kwargs) for ids in token_ids]
-        return self._decode_ids(token_ids, skip_special_tokens, chat_format, **kwargs)
+        given = checked_ids(token_ids)
+        ids = given if isinstance(given, list) else [given]
+        if ids and isinstance(ids[0], list):
+            return [self._decode_ids(row, skip_special_tokens, chat_format, **kwargs) for row in ids]
+        return self._decode_ids(ids, skip_special_tokens, chat_format, **kwargs)
 
     def batch_decode(
         self,
@@ -554,7 +569,7 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
 
     def convert_ids_to_tokens(self, ids: int | list[int], skip_special_tokens: bool = False) -> str | list[str]:
         """Turn ids into the names of tokens; ids that are not in the vocabulary have the name `""`, as published."""
-        ids = to_py_obj(ids)
+        ids = checked_ids(ids)
         if isinstance(ids, int):
             return super().convert_ids_to_tokens(ids) or "" if is_possible_id(ids) else ""
         # Rust refuses what is no 32-bit number; the last of them stands for it, which no vocabulary reaches.
@@ -615,6 +630,24 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         raise NotImplementedError
 
 
+def checked_ids(given: Any) -> Any:
+    """Ids as plain numbers: an id, a list of ids, or a list of such lists, of arrays, tensors or an encoding.
+
+    Raises:
+        TypeError: if there is anything else among them.
+    """
+    held = given.get("input_ids") if isinstance(given, Mapping) else given
+    try:
+        ids = to_py_obj(list(held) if isinstance(held, range) else held)
+    except RecursionError:
+        ids = None
+    is_batch = isinstance(ids, list) and bool(ids) and isinstance(ids[0], list)
+    rows = ids if is_batch else [ids if isinstance(ids, list) else [ids]]
+    if not all(isinstance(row, list) and all(isinstance(index, Integral) for index in row) for row in rows):
+        raise TypeError(f"Ids are whole numbers, alone, in a list or in a list of lists, got {reprlib.repr(given)}.")
+    return ids
+
+
 def is_possible_id(index: int) -> bool:
     """Whether the Rust backend takes a number for an id at all."""
     return 0 <= index <= LAST_ID
@@ -636,9 +669,12 @@ def _checked_chat(
     **kwargs: Any,
 ) -> list[Message]:
     """The messages in normalized form, with the tools; refused where this generation has no form for them."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"A conversation is a list with at least one message, got {reprlib.repr(messages)}.")
     if isinstance(tools, (list, tuple)):
         tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools]
-    chat = chat_format.add_tools(chat_format.normalize_messages(messages), tools or None)
+    chat = chat_format.normalize_messages(messages)
+    chat = chat_format.add_tools(chat, None if isinstance(tools, (list, tuple, Mapping)) and not tools else tools)
     # A template leaves out what it does not know. The segments, which ids are made of, refuse it.
     chat_format.segments(chat, add_generation_prompt)
     if continue_final_message and (add_generation_prompt or chat[-1]["role"] != "assistant"):

@@ -235,3 +235,14 @@ def test_what_an_earlier_version_saved_is_replaced(source: Callable[[str], Modul
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(source("conversation_chatglm"), "EARLIER_RESPONSE_TEMPLATES", (digest,))
         assert chat_format.current_response_template(own) == chat_format.response_template
+
+
+@pytest.mark.parametrize("version", CALLING_GENERATIONS)
+@pytest.mark.parametrize("body", ["%s", "[-%s, 1]", '{"b": %s}', "1%s.5"])
+def test_a_number_that_python_does_not_read_is_text(load: Callable[..., Any], version: str, body: str) -> None:
+    tokenizer = load(version, "small")
+    call = "f\n```python\ntool_call(a={})\n```" if version == "chatglm3" else 'f\n{{"a": {}}}'
+    for digits in (4301, 10_000):
+        answer = call.format(body % ("9" * digits))
+        assert tokenizer.parse_response(answer, prefix="")["role"] == "assistant"
+        assert isinstance(read(tokenizer, tokenizer.encode(answer, add_special_tokens=False))[0], str)

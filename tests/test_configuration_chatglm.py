@@ -14,6 +14,7 @@
 """The configuration: every published file, both vocabularies, what is saved, what is refused."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -162,11 +163,23 @@ def test_chatglm_6b_gets_its_own_defaults(config_class: Any) -> None:
         ({"pre_seq_len": 0}, "pre_seq_len.*0"),
         ({"hidden_dropout": 1.5}, "hidden_dropout.*1.5"),
         ({"model_version": "glm5"}, "model_version.*'glm5'"),
+        ({"torch_dtype": "half a float"}, "torch_dtype.*'half a float'"),
+        ({"dtype": "nn"}, "dtype.*'nn'"),
+        ({"torch_dtype": 16}, "torch_dtype.*16"),
+        ({"to_dict": 1}, "`to_dict` is no setting"),
+        ({"prefix_lm": True}, "`prefix_lm` is no setting"),
     ],
 )
 def test_impossible_values_are_named(config_class: Any, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_class(**values)
+
+
+@pytest.mark.parametrize("name", ["auto_map", "id2label", "quantization_config", "rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("value", [1, "a", True, [1], 0.5], ids=repr)
+def test_a_setting_of_the_library_has_the_form_of_a_dict(config_class: Any, name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"`{name}` must be a dict, got {re.escape(repr(value))}"):
+        config_class.from_dict({name: value, "num_layers": 2, "model_version": "chatglm3"})
 
 
 def test_wrong_type_is_named(config_class: Any) -> None:

@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "blank_infilling": set(),
     "configuration_chatglm": set(),
     "conversation_chatglm": {"conversation_calls", "conversation_templates"},
-    "conversation_calls": set(),
+    "conversation_calls": {"conversation_templates"},
     "conversation_rendering": {"conversation_chatglm", "conversation_templates"},
     "conversation_templates": set(),
     "generation_cache": set(),

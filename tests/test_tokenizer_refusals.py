@@ -14,10 +14,12 @@
 """What a tokenizer refuses: the same for text and for ids, with the value and the remedy; and ids of any size."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from generations import GENERATION_CASES
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
@@ -174,3 +176,90 @@ def test_rounds_refuse_tools_in_any_message(case_tokenizer: Callable[[str], Any]
     for tokenize in (True, False):
         with pytest.raises(ValueError, match="tools"):
             tokenizer.apply_chat_template(chat, tokenize=tokenize, add_generation_prompt=True)
+
+
+def held_by_itself(kind: type) -> Any:
+    value: Any = kind()
+    value.update(a=value) if kind is dict else value.append(value)
+    return value
+
+
+def nested(depth: int) -> Any:
+    value: Any = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def shared(depth: int) -> Any:
+    """A value of 200 small lists that is 2 ** 200 values long when it is written."""
+    value: Any = 0
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+ENDLESS = {
+    "a list in itself": held_by_itself(list),
+    "a dict in itself": held_by_itself(dict),
+    "a deep list": nested(5000),
+    "a list that is deep for copies only": nested(400),
+    "a list of lists that are one": shared(90),
+}
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_what_has_no_end_is_refused_wherever_it_comes_in(
+    case_tokenizer: Callable[[str], Any], name: str, kind: str
+) -> None:
+    tokenizer, value = case_tokenizer(name), ENDLESS[kind]
+    refused = "levels of nesting and 100000 values at most"
+    for message in ({**USER, "extra": value}, {**ANSWER, "tool_calls": [{"name": "f", "arguments": {"a": value}}]}):
+        for tokenize in (True, False):
+            with pytest.raises(ValueError, match=refused):
+                tokenizer.apply_chat_template([message], tokenize=tokenize)
+        with pytest.raises(ValueError, match=refused):
+            tokenizer.build_chat_input("q", [message])
+    tool = {"name": "f", "parameters": value}
+    with pytest.raises(ValueError, match="knows no tools" if tokenizer.chat_format.uses_pairs else refused):
+        tokenizer.apply_chat_template([USER], tools=[tool])
+    for conversation in (value, [value]):
+        with pytest.raises((ValueError, TypeError)) as error:
+            tokenizer.apply_chat_template(conversation)
+        assert len(str(error.value)) < 1000
+    if kind != "a list of lists that are one":
+        for decode in (tokenizer.decode, tokenizer.batch_decode, tokenizer.convert_ids_to_tokens):
+            with pytest.raises(TypeError, match="Ids are whole numbers|not supported between"):
+                decode([1, value])
+        with suppress(ValueError, TypeError):
+            tokenizer([value])
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+@pytest.mark.parametrize(
+    "given", [{}, {"a": [1]}, "ab", ["a"], [1.5], [[1], 2], [1, [2]], [[[1]]], None, [None], b"a"]
+)
+def test_what_is_no_id_is_named(case_tokenizer: Callable[[str], Any], name: str, given: Any) -> None:
+    for decode in (case_tokenizer(name).decode, case_tokenizer(name).batch_decode):
+        with pytest.raises(TypeError, match=r"Ids are whole numbers.*got (\{|'|\[|None|b)"):
+            decode(given)
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+def test_nothing_and_no_text_are_refused(case_tokenizer: Callable[[str], Any], name: str) -> None:
+    tokenizer = case_tokenizer(name)
+    for options in ({}, {"padding": True}, {"add_special_tokens": False}):
+        with pytest.raises(ValueError, match="the batch of texts is empty"):
+            tokenizer([], **options)
+    for tokenize in (True, False):
+        with pytest.raises(ValueError, match="at least one message"):
+            tokenizer.apply_chat_template([[]], tokenize=tokenize)
+    for given in (b"ab", 1, None, [], ("a", "b"), torch.zeros(2)):
+        with pytest.raises(TypeError, match="takes one text, got"):
+            tokenizer.tokenize(given)
+    for given in ([], (), {}):
+        ids = tokenizer.apply_chat_template([USER], tools=given)["input_ids"]
+        assert ids == tokenizer.apply_chat_template([USER])["input_ids"]
+    with pytest.raises((TypeError, ValueError), match="tools"):
+        tokenizer.apply_chat_template([USER], tools=torch.zeros(2))
