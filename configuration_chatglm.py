@@ -63,6 +63,16 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_chatglm.ChatGLMForSequenceClassification",
 }
 
+# The same for GLM and, without those for choices and classes, GLM-130B.
+GLM_130B_AUTO_MAP = dict.fromkeys(
+    ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"), "modeling_glm.GLMForConditionalGeneration"
+)
+GLM_AUTO_MAP = {
+    **GLM_130B_AUTO_MAP,
+    "AutoModelForMultipleChoice": "modeling_glm.GLMForMultipleChoice",
+    "AutoModelForSequenceClassification": "modeling_glm.GLMForSequenceClassification",
+}
+
 # The library's name of a value -> its name in the published files.
 PUBLISHED_KEYS = {
     "num_hidden_layers": "num_layers",
@@ -164,6 +174,7 @@ GENERATION_FEATURES: dict[str, GenerationFeatures] = {
             ".self_attention.": ".attention.",
             "transformer.encoder.final_layernorm.": "transformer.final_layernorm.",
         },
+        auto_map=GLM_AUTO_MAP,
         mask_tells_who_sees_whom=True,
         aligned_labels=True,
         learned_positions=True,
@@ -184,6 +195,7 @@ GENERATION_FEATURES: dict[str, GenerationFeatures] = {
         token_offsets={"mask_token_id": -4, "gmask_token_id": -3, "smask_token_id": -2},
         published_keys=CHATGLM_6B_KEYS,
         published_names=CHATGLM_6B_NAMES,
+        auto_map=GLM_130B_AUTO_MAP,
         blank_tokens=("mask_token_id", "smask_token_id", "gmask_token_id"),
         prefix_lm=True,
         mask_marks_hidden=True,

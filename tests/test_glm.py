@@ -400,3 +400,49 @@ def test_glm_130b_fills_blanks(case: Callable, model: Callable, kind: str) -> No
             torch.tensor([one["input"]]), do_sample=False, max_length=recorded["out_seq_length"]
         )
         assert output[0].tolist() == [token_id for token_id in one["output"] if token_id >= 0]
+
+
+@every_glm
+@pytest.mark.parametrize("key", ["mc", "mc_left"])
+def test_multiple_choice(case: Callable, folder: Callable, source: Callable, name: str, key: str) -> None:
+    recorded, expected = case(name), case(name).expected
+    glm = source("modeling_glm").GLMForMultipleChoice.from_pretrained(folder(name), dtype=torch.float32)
+    inputs = {part: recorded.tensors[f"{key}.{part}"] for part in ("input_ids", "position_ids", "attention_mask")}
+    choices = {
+        "choice_ids": [[torch.tensor(one) for one in row] for row in expected["mc"]["choice_ids"]],
+        "choice_indices": [[torch.tensor(one) for one in row] for row in expected[key]["choice_indices"]],
+    }
+    with torch.no_grad():
+        output = glm(**inputs, **choices, labels=torch.tensor(expected["mc"]["labels"]))
+        fewer = {part: [rows[0][:1], *rows[1:]] for part, rows in choices.items()}
+        fewer_logits = glm(**inputs, **fewer).logits
+    assert_close(output.logits, recorded.tensors[f"{key}.scores"])
+    if key == "mc":
+        is_real = inputs["attention_mask"].bool().any(-1)[:, 0]
+        assert_close(output.lm_logits[is_real], recorded.tensors["mc.lm_logits"][is_real])
+        assert abs(output.loss.item() - expected["mc"]["loss"]) <= LOSS_LIMIT
+    assert fewer_logits[0, 0] == output.logits[0, 0] and fewer_logits[0].argmax() == 0
+    with pytest.raises(ValueError, match="`choice_ids` and `choice_indices` for each row"):
+        glm(**inputs)
+
+
+@every_glm
+def test_sequence_classification(
+    case: Callable, folder: Callable, source: Callable, reference_dir: Path, tmp_path: Path, name: str
+) -> None:
+    recorded, expected = case(name), case(name).expected["seqcls"]
+    start = shutil.copytree(folder(name), tmp_path / name)
+    weights = torch.load(start / "pytorch_model.bin", weights_only=True)
+    weights = {f"glm.{key}": weight for key, weight in weights.items()}
+    weights |= torch.load(reference_dir / name / "classifier_head.bin", weights_only=True)
+    torch.save(weights, start / "pytorch_model.bin")
+    head = source("modeling_glm").GLMForSequenceClassification
+    glm, info = head.from_pretrained(start, num_labels=3, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    inputs = {part: recorded.tensors[f"seqcls.{part}"] for part in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        output = glm(**inputs, labels=torch.tensor(expected["labels"]))
+        assert_close(output.logits, recorded.tensors["seqcls.logits"])
+        assert abs(output.loss.item() - expected["loss"]) <= LOSS_LIMIT
+        glm.save_pretrained(tmp_path / "saved")
+        assert head.from_pretrained(tmp_path / "saved")(**inputs).logits.equal(output.logits)

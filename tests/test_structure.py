@@ -59,6 +59,7 @@ ARROWS: dict[str, set[str]] = {
         "quantization",
     },
     "modeling_cache": set(),
+    "modeling_glm": {"configuration_chatglm", "modeling_chatglm"},
     "modeling_layers": {"configuration_chatglm", "linear_cpu"},
     "modeling_positions": set(),
     "modeling_prefix": set(),
@@ -77,6 +78,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "tokenization_chatglm_6b": {"conversation_chatglm", "tokenization_conversation"},
     "tokenization_conversation": {"conversation_chatglm", "conversation_rendering"},
+    "tokenization_glm": {"tokenization_conversation"},
     "tokenization_published": {"tokenization_conversation"},
     "tokenization_vocabulary": set(),
 }
@@ -102,7 +104,7 @@ def long_functions(source: str) -> Iterator[str]:
 def is_about_one_generation(comparison: ast.AST) -> bool:
     """Whether a generation is named in a comparison. "chatglm" is also the model type of all of them."""
     constants = {node.value for node in ast.walk(comparison) if isinstance(node, ast.Constant)}
-    names = ("chatglm", "chatglm2", "chatglm3", "glm4")
+    names = ("chatglm", "chatglm2", "chatglm3", "glm4", "glm", "glm130b")
     return bool(constants.intersection(names[1:] if "model_type" in ast.unparse(comparison) else names))
 
 
