@@ -476,9 +476,11 @@ def see_each_other(sample_index: torch.Tensor, is_context: torch.Tensor) -> torc
         is_context: `[rows, seq]`, whether it is in Part A.
     """
     length = sample_index.shape[1]
+    # Narrow numbers: the mask is the largest tensor of a batch.
+    sample_index = sample_index.to(torch.int16)
     is_same = sample_index[:, :, None] == sample_index[:, None, :]
     is_earlier = torch.ones(length, length, dtype=torch.bool).tril()
-    return (is_same & (is_context[:, None, :] | is_earlier))[:, None].to(torch.uint8)
+    return is_same.logical_and_(is_context[:, None, :] | is_earlier)[:, None].view(torch.uint8)
 
 
 def lay_out(sample: BlankSample, form: BlankFormat, ids: BlankTokens) -> dict[str, list[int]]:

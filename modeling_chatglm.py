@@ -47,6 +47,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_chatglm import GENERATION_FEATURES, ChatGLMConfig
+from .generation_blanks import BlankFillingMixin
 from .generation_chatglm import ChatGLMGenerationMixin
 from .linear_cpu import ChatGLMLinear
 from .modeling_cache import let_cache_grow
@@ -382,7 +383,9 @@ class ChatGLMModel(PrefixModelMixin, ChatGLMPreTrainedModel):
 @auto_docstring(
     custom_intro="The language model: `generate`, and `chat` in the conversation format of its generation."
 )
-class ChatGLMForConditionalGeneration(PrefixGenerationMixin, ChatGLMPreTrainedModel, ChatGLMGenerationMixin):
+class ChatGLMForConditionalGeneration(
+    PrefixGenerationMixin, ChatGLMPreTrainedModel, BlankFillingMixin, ChatGLMGenerationMixin
+):
     _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
 
     def __init__(self, config: ChatGLMConfig) -> None:

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +28,7 @@ import torch
 from conftest import REFERENCE
 from generations import END, GMASK, MASK, START, TINY
 from safetensors.torch import load_file
+from test_glm import write_folder
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -155,6 +156,25 @@ def test_recorded_batches_are_rebuilt(objective: ModuleType, kind: str) -> None:
             assert torch.equal(whole.bool(), seen.bool())
         checked += 1
     assert checked >= 15
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_as_recorded(
+    objective: ModuleType, chatglm: SimpleNamespace, kind: str, reference_dir: Path, tmp_path: Path
+) -> None:
+    """The published network on the batches of the published sampler, each token and the mean."""
+    ids, case, tensors = tokens_of(objective, kind), recorded()[kind], load_file(FILES / "cases.safetensors")
+    folder = write_folder(reference_dir / f"glm-{kind}", tmp_path / kind)
+    model = chatglm.ChatGLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    for entry in case["model_numbers"]:
+        batch = rebuild(objective, ids, case["samples"][entry["sample"]])
+        with torch.no_grad():
+            output = model(**batch)
+        assert output.loss.item() == pytest.approx(entry["loss"], abs=2e-5)
+        is_learnt = batch["labels"] != objective.IGNORED
+        losses = torch.nn.functional.cross_entropy(output.logits.transpose(1, 2), batch["labels"], reduction="none")
+        wanted = tensors[f"{kind}.sample{entry['sample']}.token_losses"]
+        torch.testing.assert_close(losses[is_learnt], wanted[is_learnt], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -437,20 +457,41 @@ def test_who_sees_whom_is_as_defined(objective: ModuleType) -> None:
                     assert row[query][key] == is_seen
 
 
-@pytest.fixture(params=["chatglm"])
+TINY_GLM = {
+    "model_version": "glm",
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+    "max_sequence_length": 256,
+}
+TINY_MODELS = {
+    "chatglm": TINY["chatglm"],
+    "glm": TINY_GLM,
+    "glm130b": TINY_GLM | {"model_version": "glm130b", "bos_token_id": START, "eos_token_id": END, "pad_token_id": 3},
+}
+
+
+@pytest.fixture(params=TINY_MODELS)
 def blank_model(
-    request: pytest.FixtureRequest, tiny_model: Callable[..., PreTrainedModel]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+    request: pytest.FixtureRequest, objective: ModuleType, chatglm: SimpleNamespace, tiny_config: Callable[..., Any]
+) -> tuple[PreTrainedModel, Any]:
     """A tiny model of a generation that fills blanks, and the form of its rows."""
-    return tiny_model(**TINY[request.param]), {"shifts_labels": True, "masks_padding": True}
+    settings = TINY_MODELS[request.param]
+    is_own = request.param == "chatglm"
+    config = tiny_config(**settings) if is_own else chatglm.ChatGLMConfig(**settings)
+    torch.manual_seed(0)
+    model = chatglm.ChatGLMForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2) if parameter.dim() > 1 else parameter.uniform_(-0.5, 1.5)
+    return model, objective.BlankFormat.of(model.config)
 
 
-def test_packed_samples_do_not_see_each_other(
-    objective: ModuleType, blank_model: tuple[PreTrainedModel, dict[str, Any]]
-) -> None:
+def test_packed_samples_do_not_see_each_other(objective: ModuleType, blank_model: tuple[PreTrainedModel, Any]) -> None:
     model, form = blank_model
     ids = make_tokens(objective)
-    settings = {"objective": objective.OBJECTIVES["glm-10b"], "form": objective.BlankFormat(**form)}
+    settings = {"objective": objective.OBJECTIVES["glm-10b"], "form": form}
     samples = objective.draw_samples(make_texts(5, 4), random.Random(1), settings["objective"], ids)
     packed = objective.BlankInfillingCollator(ids, row_length=200, **settings)
     groups = packed.share_rows([len(objective.lay_out(one, packed.form, ids)["input_ids"]) for one in samples])
@@ -473,12 +514,10 @@ def test_packed_samples_do_not_see_each_other(
     torch.testing.assert_close(together.loss, (losses * counts).sum() / counts.sum())
 
 
-def test_later_spans_change_nothing_earlier(
-    objective: ModuleType, blank_model: tuple[PreTrainedModel, dict[str, Any]]
-) -> None:
+def test_later_spans_change_nothing_earlier(objective: ModuleType, blank_model: tuple[PreTrainedModel, Any]) -> None:
     model, form = blank_model
     ids = make_tokens(objective)
-    collator = objective.BlankInfillingCollator(ids, form=objective.BlankFormat(**form))
+    collator = objective.BlankInfillingCollator(ids, form=form)
     (text,) = make_texts(2, 1)
     spans = [(12, 15), (3, 5), (8, 10)]
     changed = list(text)
@@ -535,24 +574,29 @@ def test_a_stream_is_numbered_through_its_epochs(objective: ModuleType) -> None:
     assert first["input_ids"].tolist() != second["input_ids"].tolist()
 
 
-def test_positions_of_one_blank_are_those_that_chatglm_6b_reads_off_the_ids(
-    objective: ModuleType, tiny_config: Callable[..., Any], source: Callable[[str], ModuleType]
+@pytest.mark.parametrize("blank_model", ["chatglm", "glm130b"], indirect=True)
+def test_positions_of_one_blank_are_those_that_are_read_off_the_ids(
+    objective: ModuleType, blank_model: tuple[PreTrainedModel, Any], source: Callable[[str], ModuleType]
 ) -> None:
+    model, form = blank_model
     ids = make_tokens(objective, start_of_text=None, end_of_text=None)
-    form = objective.BlankFormat(shifts_labels=True, masks_padding=True)
     collator = objective.BlankInfillingCollator(ids, objective.OBJECTIVES["chatglm-6b"], form)
-    config = tiny_config(**TINY["chatglm"])
     for seed in range(20):
         texts = [text[1:-1] for text in make_texts(seed, 3)]
         batch = collator([{"input_ids": text} for text in texts])
-        read, _ = source("modeling_positions").prefix_lm_positions(config, batch["input_ids"], batch["attention_mask"])
-        is_real = batch["attention_mask"].bool()
-        assert torch.equal(read.transpose(1, 2)[is_real], batch["position_ids"].transpose(1, 2)[is_real])
+        is_real, positions = batch["attention_mask"].bool(), batch["position_ids"]
+        read, _ = source("modeling_positions").prefix_lm_positions(
+            model.config, batch["input_ids"], batch["attention_mask"]
+        )
+        assert read.shape == positions.shape
+        assert torch.equal(read.movedim(-1, 1)[is_real], positions.movedim(-1, 1)[is_real])
         for row, labels, seen in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), is_real.sum(1).tolist()):
             start = row.index(START)
-            assert labels[: start + 1] == [-100] * (start + 1)
-            assert labels[start + 1 : seen] == row[start + 1 : seen]
-            assert row[seen - 1] == END
+            # Shifted labels stand where they are read, aligned ones where they are predicted.
+            first, answer = start + form.shifts_labels, row[start + 1 : seen]
+            assert labels[:first] == [-100] * first
+            assert labels[first : first + len(answer)] == answer
+            assert labels[seen - 1] == END
 
 
 def test_the_embedding_learns_a_share_of_its_gradient(

@@ -42,6 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "conversation_calls": {"conversation_templates"},
     "conversation_rendering": {"conversation_chatglm", "conversation_templates"},
     "conversation_templates": set(),
+    "generation_blanks": {"blank_infilling"},
     "generation_cache": set(),
     "generation_chatglm": {"conversation_chatglm", "generation_cache", "generation_published"},
     "generation_published": set(),
@@ -50,6 +51,7 @@ ARROWS: dict[str, set[str]] = {
     "linear_cpu": {"kernels_llvm", "kernels_matmul"},
     "modeling_chatglm": {
         "configuration_chatglm",
+        "generation_blanks",
         "generation_chatglm",
         "linear_cpu",
         "modeling_cache",
