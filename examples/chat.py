@@ -13,66 +13,164 @@
 # limitations under the License.
 """A chat in the terminal: `python examples/chat.py [MODEL]`, with the small checkpoint of this folder by default.
 
-`clear` forgets the conversation, `stop` ends the program, Ctrl-C stops an answer. Questions can also come through a
-pipe, one on each line; then only the answers are printed.
+`/help` lists the commands, Ctrl-C stops an answer. Questions can also come through a pipe, one on each line; then only
+the answers are printed, and what else there is to say goes to the standard error.
 """
 
 import argparse
 import json
 import os
 import sys
+import time
 from contextlib import closing, suppress
-from io import TextIOWrapper
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from chat_commands import run_command
 from local_code import load_tokenizer, read_json_object, register
-from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from terminal import LineReader, default_history_file, harmless, note, use_utf8
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.utils import logging
 
-
-# Gives `input` line editing, and Ctrl-C at once. Windows does without.
-with suppress(ImportError):
-    import readline  # noqa: F401
 
 BUNDLED = Path(__file__).resolve().parent / "tiny-chatglm3"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "ice_text.model")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
+class TokenClock(StoppingCriteria):
+    """Stops nothing: it sees every token, and counts and times them."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.prompt_tokens = self.tokens = 0
+        self.first_seconds = self.seconds = 0.0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
+        self.seconds = time.perf_counter() - self.start
+        if self.tokens == 0:
+            self.prompt_tokens, self.first_seconds = input_ids.shape[1] - 1, self.seconds
+        self.tokens = input_ids.shape[1] - self.prompt_tokens
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def __str__(self) -> str:
+        later = self.seconds - self.first_seconds
+        speed = f", {(self.tokens - 1) / later:.1f} tokens a second after it" if self.tokens > 1 else ""
+        return (
+            f"{self.prompt_tokens} tokens to read, {self.tokens} written; "
+            f"the first came after {self.first_seconds:.2f} s{speed}"
+        )
+
+
+@dataclass
 class Conversation:
     """What was said so far, and what the model computed for it.
 
-    Args:
+    Attributes:
         generate_kwargs: further arguments of `stream_chat`.
+        system: what is said before the conversation; empty for nothing.
+        tools: descriptions of tools that are offered; `None` for none.
+        history: the messages after that, as dicts.
+        is_call: whether the last answer is a call, so that what is said next is its result.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **generate_kwargs: Any) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.generate_kwargs = generate_kwargs
-        self.clear()
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    generate_kwargs: dict[str, Any] = field(default_factory=dict)
+    system: str = ""
+    tools: list[Any] | dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    is_call: bool = False
+    cache: Any = None
+    clock: TokenClock | None = None
 
     def clear(self) -> None:
-        """Forget everything."""
-        self.history: list[Any] = []
-        self.cache: Any = None
+        """Forget what was said. The system message and the tools stay."""
+        self.history, self.cache, self.is_call = [], None, False
+
+    def beginning(self) -> list[dict[str, Any]]:
+        """The message before the conversation, if there is one.
+
+        Raises:
+            ValueError, TypeError: for tools, if the generation knows none or cannot read these.
+        """
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages = self.model.chat_format.add_tools(messages, self.tools)
+        # Descriptions may also be such that only writing them down fails.
+        self.model.chat_format.segments([*messages, {"role": "user", "content": ""}])
+        return messages
+
+    def replace(self, **changes: Any) -> None:
+        """Change attributes, if the result is a conversation that the generation can go on with.
+
+        Raises:
+            ValueError, TypeError: if it is not; nothing has changed then.
+        """
+        changed = Conversation(
+            self.model,
+            self.tokenizer,
+            **{"system": self.system, "tools": self.tools, "history": self.history} | changes,
+        )
+        chat_format = self.model.chat_format
+        changed.history = chat_format.normalize_messages(changed.history)
+        if changed.history and changed.history[-1]["role"] != "assistant":
+            raise ValueError("the last message of a conversation must be an answer")
+        before = changed.beginning() + changed.history
+        chat_format.segments([*before, {"role": "user", "content": ""}])
+        last = changed.history[-1] if changed.history else {"content": ""}
+        response, _ = chat_format.read_answer(f"{last.get('metadata', '')}\n{last['content']}", before)
+        self.is_call = self._wants_result(response)
+        self.system, self.tools, self.history = changed.system, changed.tools, changed.history
 
     def say(self, query: str) -> None:
         """Print the answer as it comes. Ctrl-C stops it; what was printed until then counts as the answer."""
+        before = self.beginning()
+        self.clock = TokenClock()
         settings = {"past_key_values": self.cache, "return_past_key_values": True, **self.generate_kwargs}
+        settings |= {"role": "observation" if self.is_call else "user", "stopping_criteria": [self.clock]}
         shown = ""
         with (
             suppress(KeyboardInterrupt),
-            closing(self.model.stream_chat(self.tokenizer, query, self.history, **settings)) as stream,
+            closing(self.model.stream_chat(self.tokenizer, query, before + self.history, **settings)) as stream,
         ):
-            for response, self.history, self.cache in stream:
+            for response, messages, self.cache in stream:
+                # ChatGLM-6B and ChatGLM2 give pairs, which could not hold everything that may come.
+                self.history = self.model.chat_format.normalize_messages(messages)[len(before) :]
+                self.is_call = self._wants_result(response)
                 text = response if isinstance(response, str) else json.dumps(response, ensure_ascii=False)
                 # A tool call is recognised late, and its JSON does not begin with the text shown so far.
-                print(text[len(shown) :] if text.startswith(shown) else f"\n{text}", end="", flush=True)
+                new = text[len(shown) :] if text.startswith(shown) else f"\n{text}"
+                print(harmless(new), end="", flush=True)
                 shown = text
         print(flush=True)
+
+    def _wants_result(self, response: str | dict[str, Any]) -> bool:
+        """Whether an answer is a call. Without tools, any first line could be the name of ChatGLM3's code interpreter."""
+        if isinstance(response, str) or "parameters" in response:
+            return not isinstance(response, str)
+        return response["name"] in ("interpreter", *getattr(self.model.chat_format, "builtin_tools", ()))
+
+    def retry(self) -> None:
+        """Ask the last question once more.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        history = list(self.history)
+        while history and history[-1]["role"] == "assistant":
+            history.pop()
+        if not history:
+            raise ValueError("nothing was said yet")
+        question = history.pop()
+        kept = self.history, self.is_call
+        self.history, self.is_call = history, question["role"] == "observation"
+        try:
+            self.say(question["content"])
+        finally:
+            if self.history is history:
+                self.history, self.is_call = kept
 
 
 def pick_device(name: str) -> str:
@@ -120,6 +218,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, help="tokens of a conversation at most, the question included")
     parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
     parser.add_argument("--top-p", type=float)
+    parser.add_argument(
+        "--history-file", type=Path, default=default_history_file(), help="where the lines you type are kept"
+    )
     return parser.parse_args()
 
 
@@ -130,45 +231,39 @@ def generation_arguments(arguments: argparse.Namespace, model: PreTrainedModel) 
     return {"temperature": 0, **given} if model.generation_config.do_sample is False else given
 
 
-def converse(conversation: Conversation) -> None:
-    """Answer line after line until `stop` or the end of the input."""
-    is_terminal = sys.stdin.isatty()
-    if is_terminal:
-        print("Say something. clear: forget the conversation, stop: end, Ctrl-C: stop an answer.")
+def converse(conversation: Conversation, reader: LineReader) -> None:
+    """Answer until `stop` or the end of the input; Ctrl-C ends what is being done, and nothing else."""
+    if reader.is_terminal:
+        note("Say something. /help: what else there is, Ctrl-C: stop an answer, Ctrl-D: end.")
     while True:
         try:
-            query = input("\n> " if is_terminal else "").strip()
+            line = reader.read("\nresult> " if conversation.is_call else "\n> ")
+            if line in ("stop", "/stop"):
+                return
+            if not run_command(line, conversation) and line:
+                conversation.say(line)
         except EOFError:
             return
         except KeyboardInterrupt:
             continue
-        if query == "stop":
-            return
-        if query == "clear":
-            conversation.clear()
-        elif query:
-            try:
-                conversation.say(query)
-            except ValueError as error:
-                print(f"error: {error}", file=sys.stderr)
+        except (OSError, ValueError, TypeError) as error:
+            note(f"error: {error}")
 
 
 def main() -> int:
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+    use_utf8()
     arguments = read_arguments()
     if arguments.once is not None or not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
         model, tokenizer = load(arguments.model, pick_device(arguments.device), arguments.dtype)
-        conversation = Conversation(model, tokenizer, **generation_arguments(arguments, model))
+        conversation = Conversation(model, tokenizer, generation_arguments(arguments, model))
         if arguments.once is None:
-            converse(conversation)
+            converse(conversation, LineReader(arguments.history_file))
         else:
             conversation.say(os.fsencode(arguments.once).decode("utf-8", errors="replace"))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        note(f"error: {error}")
         return 1
     return 0
 

@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from generations import CALLING_GENERATIONS
+from generations import CALLING_GENERATIONS, RECORDED, ROLE_CASES
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_parsing import ResponseParser
 
@@ -159,6 +159,21 @@ def test_texts_for_the_built_in_tools_are_read_alike(load: Callable[..., Any], k
         expected = {"role": "assistant", "tool_calls": [call]}
         assert tokenizer.parse_response(ids, prefix=question) == expected
         assert stream(tokenizer, tokenizer.decode(question), pieces(tokenizer, ids))[1] == expected
+
+
+@pytest.mark.parametrize("name", ROLE_CASES)
+def test_every_recorded_answer_is_read_alike(load: Callable[..., Any], case: Callable[[str], Any], name: str) -> None:
+    """What the models of `tests/reference` wrote, by our reader and by the library's."""
+    tokenizer = load(RECORDED[name].model_version, "small")
+    turns = [turn for section in case(name).expected["chat"].values() for turn in section]
+    assert len(turns) >= 4
+    for turn in turns:
+        ids, history = turn["new_ids"], turn["history"]
+        written = tokenizer.decode([token for token in ids if token not in turn["eos_token_id"]])
+        ours, _ = tokenizer.chat_format.read_answer(written, history[:-1])
+        # The published `chat` drops the last token, whether it is a stop token or not.
+        assert ours.startswith(turn.get("response", "").rstrip("\ufffd"))
+        assert tokenizer.parse_response(ids, prefix=turn["input_ids"]) == {"role": "assistant", "content": ours}
 
 
 @pytest.mark.parametrize(("version", "kind"), VOCABULARIES)

@@ -11,9 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The terminal chat: what it prints, through a pipe and for one question, and what it refuses."""
+"""The terminal chat: what it prints, through a pipe and for one question, its commands, and what it refuses."""
 
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from generations import GENERATION_CASES, RECORDED
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -34,6 +36,8 @@ HELLO = "你好！我是一个很小的演示模型，很高兴见到你。有�
 sys.path.insert(0, str(EXAMPLES))
 
 import chat  # noqa: E402
+import chat_commands  # noqa: E402
+import terminal  # noqa: E402
 
 
 pytestmark = pytest.mark.usefixtures("leave_the_auto_classes_alone")
@@ -111,7 +115,7 @@ def test_interrupting_an_answer_keeps_what_was_shown(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    conversation = chat.Conversation(*loaded, temperature=0)
+    conversation = chat.Conversation(*loaded, {"temperature": 0})
     printed: list[str] = []
 
     def print_and_interrupt(text: str = "", **kwargs: Any) -> None:
@@ -129,14 +133,196 @@ def test_interrupting_an_answer_keeps_what_was_shown(
     assert capsys.readouterr().out == "不客气！\n"
 
 
-def test_a_question_that_is_too_long_does_not_end_the_chat(
+@pytest.fixture
+def talk(
     loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+) -> Callable[..., tuple[list[str], list[str], chat.Conversation]]:
+    """Says lines to the bundled model: the answers, what else was said, and the conversation."""
+
+    def run(*lines: str, **changes: Any) -> tuple[list[str], list[str], chat.Conversation]:
+        remaining = iter(lines)
+
+        def read(prompt: str) -> str:
+            for line in remaining:
+                return line
+            raise EOFError
+
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+        conversation = chat.Conversation(*loaded, {"temperature": 0}, **changes)
+        chat.converse(conversation, terminal.LineReader(None))
+        captured = capsys.readouterr()
+        return captured.out.splitlines(), captured.err.splitlines(), conversation
+
+    return run
+
+
+def test_a_question_that_is_too_long_does_not_end_the_chat(talk: Callable[..., Any]) -> None:
+    answers, errors, _ = talk("é" * 2000, "谢谢", "stop")
+    assert answers == ["不客气！"]
+    assert len(errors) == 1 and "1024 positions" in errors[0]
+
+
+def test_a_text_of_several_lines(talk: Callable[..., Any]) -> None:
+    _, _, conversation = talk('"""', "Hello!", "", "/help", '"""', '"""', "你好")
+    assert [message["content"] for message in conversation.history[::2]] == ["Hello!\n\n/help", "你好"]
+
+
+def test_help_names_every_command(talk: Callable[..., Any]) -> None:
+    _, notes, _ = talk("/help")
+    named = {line.split()[0].removeprefix("/") for line in notes}
+    assert named == {*chat_commands.COMMANDS, "stop", '"""'}
+    _, errors, _ = talk("/nothing")
+    assert errors == ["error: there is no command /nothing; /help lists them"]
+
+
+def test_what_only_looks_like_a_command_is_a_question(talk: Callable[..., Any]) -> None:
+    answers, errors, conversation = talk("/etc/passwd", "/ help")
+    assert len(conversation.history) == 4 and errors == []
+
+
+def test_the_system_message_stays_and_the_conversation_goes(talk: Callable[..., Any]) -> None:
+    answers, _, conversation = talk("/system 你是一个乐于助人的助手。", "我叫小红。", "/clear", "你是谁？")
+    assert [message["content"] for message in conversation.history] == ["你是谁？", answers[-1]]
+    assert "ChatGLM3" in answers[-1]
+    assert conversation.beginning() == [{"role": "system", "content": "你是一个乐于助人的助手。"}]
+    assert talk("/system x", "/system")[2].beginning() == []
+
+
+def test_a_question_is_asked_again(talk: Callable[..., Any]) -> None:
+    answers, errors, conversation = talk("/retry", "My name is Lily.", "What is my name?", "/retry")
+    assert errors == ["error: nothing was said yet"]
+    assert answers == ["Nice to meet you, Lily!", "Your name is Lily.", "Your name is Lily."]
+    assert len(conversation.history) == 4
+
+
+def test_stats_count_tokens(talk: Callable[..., Any], loaded: tuple[PreTrainedModel, Any]) -> None:
+    _, notes, conversation = talk("/stats", "你好", "/stats")
+    assert notes[0] == "error: there is no answer yet"
+    prompt = loaded[1].encode_conversation(conversation.history[:1])
+    written = loaded[1].encode_conversation(conversation.history, add_generation_prompt=False)
+    assert notes[1].startswith(f"{len(prompt)} tokens to read, {len(written) - len(prompt)} written; ")
+    assert "tokens a second" in notes[1]
+
+
+WEATHER = [
+    {
+        "name": "get_weather",
+        "description": "Get the current weather in a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "The name of the city"}},
+            "required": ["city"],
+        },
+    }
+]
+
+
+def test_tools_of_a_file_are_called_and_given_results(talk: Callable[..., Any], tmp_path: Path) -> None:
+    file, saved = tmp_path / "tools.json", tmp_path / "saved.json"
+    file.write_text(json.dumps(WEATHER), encoding="utf-8")
+    question, result = "What is the weather like in Paris?", '{"temperature": 18, "condition": "cloudy"}'
+    answers, _, conversation = talk(f"/tools {file}", question, f"/save {saved}", result)
+    call, answer = '{"name": "get_weather", "parameters": {"city": "Paris"}}', answers[-1]
+    # A call is recognised when it is complete; until then its text was shown.
+    assert call in answers and answer == "It is cloudy in Paris, and the temperature is 18 degrees."
+    assert [message["role"] for message in conversation.history] == ["user", "assistant", "observation", "assistant"]
+    # The result may also come in another run.
+    answers, notes, again = talk(f"/load {saved}", result)
+    assert answers == [answer] and again.history == conversation.history
+    assert notes == [f"2 messages from {saved}"]
+    assert talk(f"/tools {file}", "/tools", question)[0] == [
+        "I cannot look up the weather: I was given no tool for it."
+    ]
+
+
+BAD_FILES = {
+    "nothing": "cannot be read: No such file",
+    "folder": "cannot be read: Is a directory",
+    "binary": "is not JSON",
+    "deep": "is not JSON",
+    "number": "",
+    "text": "",
+    "strange": "",
+}
+
+
+@pytest.fixture
+def bad_files(tmp_path: Path) -> Path:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "binary").write_bytes(b"\xff\x00{")
+    for name, content in {
+        "deep": "[" * 100_000,
+        "number": "1",
+        "text": '["a"]',
+        "strange": '[{"role": 1}, [2]]',
+    }.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", ["/tools", "/load"])
+def test_a_bad_file_loses_nothing(talk: Callable[..., Any], bad_files: Path, command: str) -> None:
+    lines = [f"{command} {bad_files / name}" for name in BAD_FILES]
+    answers, errors, conversation = talk("My name is Lily.", *lines, "/load", "What is my name?")
+    assert answers[-1] == "Your name is Lily."
+    assert conversation.beginning() == []
+    for error, reason in zip(errors, [*BAD_FILES.values(), "which file?"], strict=True):
+        assert error.startswith("error: ") and reason in error
+
+
+def test_a_conversation_that_cannot_go_on_is_not_loaded(talk: Callable[..., Any], tmp_path: Path) -> None:
+    for messages, reason in (
+        ([{"role": "user", "content": "a"}], "must be an answer"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ud800"}], "surrogate"),
+    ):
+        (tmp_path / "file").write_text(json.dumps({"messages": messages}), encoding="utf-8")
+        _, errors, conversation = talk(f"/load {tmp_path / 'file'}")
+        assert conversation.history == [] and reason in errors[0]
+
+
+def test_a_file_that_cannot_be_written_is_named(talk: Callable[..., Any], tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_text("old", encoding="utf-8")
+    (tmp_path / "old.json.new").mkdir()
+    _, errors, _ = talk("你好", f"/save {tmp_path / 'nowhere' / 'file'}", f"/save {old}", "/save")
+    assert "nowhere" in errors[0] and "old.json" in errors[1] and "which file?" in errors[2]
+    assert old.read_text(encoding="utf-8") == "old"
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+def test_conversations_of_every_generation(
+    case_model: Callable[[str], Any],
+    case_tokenizer: Callable[[str], Any],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    name: str,
 ) -> None:
-    lines = iter(["é" * 2000, "谢谢", "stop"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    chat.converse(chat.Conversation(*loaded, temperature=0))
-    captured = capsys.readouterr()
-    assert captured.out == "不客气！\n"
-    assert "1024 positions" in captured.err
+    settings = {"temperature": 0, "max_new_tokens": 4}
+    conversation = chat.Conversation(case_model(name), case_tokenizer(name), settings, system="s")
+    for line in ("a", "b"):
+        conversation.say(line)
+    assert [message["role"] for message in conversation.history] == ["user", "assistant"] * 2
+    file = tmp_path / "saved.json"
+    chat_commands.run_command(f"/save {file}", conversation)
+    loaded = chat.Conversation(case_model(name), case_tokenizer(name), settings)
+    chat_commands.run_command(f"/load {file}", loaded)
+    assert (loaded.system, loaded.history) == ("s", conversation.history)
+    file.write_text(json.dumps(WEATHER), encoding="utf-8")
+    if RECORDED[name].has_roles:
+        chat_commands.run_command(f"/tools {file}", loaded)
+        assert "get_weather" in json.dumps(loaded.beginning())
+    else:
+        with pytest.raises(ValueError, match="knows no tools"):
+            chat_commands.run_command(f"/tools {file}", loaded)
+        assert loaded.tools is None
+
+
+def test_control_characters_do_not_reach_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a\x1b[2J\x07\tb\n你好 👨‍👩‍👧\x9b"
+    assert terminal.harmless(text) == text
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert terminal.harmless(text) == "a\ufffd[2J\ufffd\tb\n你好 👨‍👩‍👧\ufffd"
+    assert terminal.visible("x = 1 \u202e# \x1b[2K你好\n") == "x = 1 \\u202e# \\x1b[2K你好\n"
