@@ -96,7 +96,7 @@ class FloatProgram(RowsProgram):
             changed: list[Any] = []
             for weight in weights:
                 address = self.sum(weight, (column, 2))
-                self.prefetch_next(address)
+                self.prefetch(address)
                 numbers = self.load_columns(address, self.dtype)
                 for x in inputs:
                     x_numbers = self.load_columns(self.sum(x, (column, number_bytes)), torch.float32)

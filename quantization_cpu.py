@@ -18,6 +18,8 @@ What is unusual here:
 - The kernels, where there are any, read the published bytes as they are.
 - They round the input to 16-bit fixed point, with one scale for each 128 columns of a row. From there on the
   processor multiplies and adds whole numbers, exactly, until the sums of each 128 columns are scaled in float32.
+- One row of input and int4 codes are multiplied as bytes, where the processor does that: those codes are bytes with
+  fewer instructions than 16-bit numbers, and for one row this is what takes time.
 - Without kernels, torch's operators multiply. The one for int8 takes the published codes. The one for int4 wants them
   in an order that depends on the processor; `pack_int4_for_cpu` makes it, and it is never saved.
 - For many rows of input a part of the weight is decoded at a time, into the processor's cache, and multiplied with.
@@ -35,6 +37,7 @@ from .kernels_llvm import (
     FLOATS,
     HALF_DTYPES,
     INT1,
+    INT8,
     INT16,
     INT32,
     INTS,
@@ -59,10 +62,13 @@ DECODED_ROWS = 512
 
 # What the kernels need of the processor.
 PROCESSOR_FEATURES = ("avx2", "fma", "f16c")
+# What multiplying bytes needs.
+BYTES_FEATURES = (*WIDE_FEATURES, "avx512vnni")
 # Columns of the input that share a scale, as 16-bit numbers in four vectors of 64 bytes.
 BLOCK_COLUMNS = 128
-# The largest fixed-point number. The smallest scale is the smallest normal float, whose inverse is still finite.
-LARGEST_FIXED_POINT = 32767
+# The largest fixed-point number is 127 * 256 + 127: both its bytes have a sign. The smallest scale is the smallest
+# normal float, whose inverse is still finite.
+LARGEST_FIXED_POINT = 32639
 SMALLEST_SCALE = 2.0**-126
 
 
@@ -223,18 +229,38 @@ def multiply_packed_int4(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def multiplies_bytes(bits: int, num_rows: int) -> bool:
+    """Whether codes are multiplied as bytes with this many rows of input."""
+    return bits == 4 and num_rows == 1 and processor_has(*BYTES_FEATURES)
+
+
+def plane_bytes(in_bytes: bool) -> int:
+    """Bytes of a block of the input: 128 fixed-point numbers and, with bytes, 16 numbers of 32 bits."""
+    return 2 * BLOCK_COLUMNS + (64 if in_bytes else 0)
+
+
+def add_byte_products(program: Program, sums: Any, unsigned: Any, signed: Any) -> Any:
+    """Add the products of 64 pairs of bytes, of which one has a sign, to 16 sums: four that are beside each other."""
+    pair = [program.builder.bitcast(values, INTS) for values in (unsigned, signed)]
+    return program.call("llvm.x86.avx512.vpdpbusd.512", INTS, sums, *pair)
+
+
 class RoundingProgram(Program):
     """A function that rounds blocks of the input to fixed point.
 
     Its arguments are the addresses of `x` (float16 or bfloat16), of its fixed-point numbers and of their scales, and
     the number of blocks. The 128 numbers of a block are ordered as the codes of a weight come out of their bytes.
+
+    With bytes, `256 * high + low` is a number: 128 high bytes come first, then 128 low ones, both from -128 to 127.
+    As the processor wants bytes without sign from the other side, codes are multiplied as `code + 8`. What their sums
+    have to begin with instead of 0, `-8 * sum(numbers)`, is behind the bytes.
     """
 
     features = PROCESSOR_FEATURES
 
-    def __init__(self, dtype: torch.dtype, bits: int) -> None:
+    def __init__(self, dtype: torch.dtype, bits: int, in_bytes: bool) -> None:
         super().__init__(4)
-        self.dtype, self.bits = dtype, bits
+        self.dtype, self.bits, self.in_bytes = dtype, bits, in_bytes
         self.loop(self.constant(0), self.function.args[3], 1, [], self.round_block)
         self.builder.ret_void()
 
@@ -254,17 +280,34 @@ class RoundingProgram(Program):
         numbers = builder.select(self.spread(is_finite, BLOCK_COLUMNS), numbers, self.constant(0.0, floats))
         rounded = self.call(f"llvm.rint.v{BLOCK_COLUMNS}f32", floats, numbers)
         words = builder.trunc(builder.fptosi(rounded, ints), self.vector(INT16, BLOCK_COLUMNS))
-        self.store(self.pick(words, plane_columns(self.bits)), self.sum(planes, (block, 2 * BLOCK_COLUMNS)))
+        words = self.pick(words, plane_columns(self.bits, self.in_bytes))
+        store = self.store_bytes if self.in_bytes else self.store
+        store(words, self.sum(planes, (block, plane_bytes(self.in_bytes))))
         self.store(builder.select(is_finite, scale, not_a_number), self.sum(scales, (block, 4)))
         return []
 
+    def store_bytes(self, words: Any, address: Any) -> None:
+        builder, kind = self.builder, self.vector(INT8, BLOCK_COLUMNS)
+        rounded = builder.add(words, self.constant(128, words.type))
+        high = builder.trunc(builder.ashr(rounded, self.constant(8, words.type)), kind)
+        low = builder.trunc(words, kind)
+        sums = self.constant(0, INTS)
+        for plane, values in enumerate((high, low)):
+            self.store(values, self.sum(address, BLOCK_COLUMNS * plane))
+            sums = builder.shl(sums, self.constant(8, INTS))
+            for half in (range(64), range(64, 128)):
+                sums = add_byte_products(self, sums, self.constant(1, BYTES), self.pick(values, half))
+        self.store(builder.mul(sums, self.constant(-8, INTS)), self.sum(address, 2 * BLOCK_COLUMNS))
 
-def plane_columns(bits: int) -> list[int]:
+
+def plane_columns(bits: int, in_bytes: bool) -> list[int]:
     """The columns of a block in the order in which the kernels get a weight's codes: four vectors of 32 each.
 
     A 16-bit word of the weight has two int8 codes, the first one lower, or four int4 codes. Codes come from the same
-    place of all words at once.
+    place of all words at once. A byte has two int4 codes, the first one higher.
     """
+    if in_bytes:
+        return [column + place for place in (0, 1) for column in range(0, BLOCK_COLUMNS, 2)]
     if bits == 8:
         return [half + 2 * word + place for half in (0, 64) for place in (0, 1) for word in range(32)]
     return [4 * word + column for column in (1, 0, 3, 2) for word in range(32)]
@@ -282,6 +325,7 @@ class ProductProgram(RowsProgram):
         scale_dtype: of the weight's scales.
         input_rows: rows of the input that are multiplied at a time.
         has_tail: whether the last block has fewer than 128 columns.
+        in_bytes: whether codes and inputs are multiplied as bytes, of int4 codes.
     """
 
     features = PROCESSOR_FEATURES
@@ -295,8 +339,10 @@ class ProductProgram(RowsProgram):
         scale_dtype: torch.dtype,
         input_rows: int,
         has_tail: bool,
+        in_bytes: bool,
     ) -> None:
         self.bits, self.group_size, self.scale_dtype, self.has_tail = bits, group_size, scale_dtype, has_tail
+        self.in_bytes = in_bytes
         self.block_bytes = BLOCK_COLUMNS * bits // 8
         super().__init__(self.own_arguments, dtype, input_rows)
 
@@ -321,14 +367,8 @@ class ProductProgram(RowsProgram):
         self, rows: list[Any], input_rows: list[Any], block: Any, sums: list[Any], is_last: bool
     ) -> list[Any]:
         """Add the products of 128 columns to the sums, ordered by rows of the weight, then of the input."""
-        arguments, builder = self.arguments, self.builder
-        inputs = []
-        for row in input_rows:
-            place = self.sum((row, arguments["num_blocks"]), block)
-            planes = self.sum(arguments["planes"], (place, 2 * BLOCK_COLUMNS))
-            vectors = [self.load(self.sum(planes, 64 * plane), WORDS) for plane in range(4)]
-            scale = self.load(self.sum(arguments["plane_scales"], (place, 4)), FLOAT)
-            inputs.append((vectors, self.spread(scale, FLOATS.count)))
+        builder = self.builder
+        inputs = [self.load_inputs(row, block) for row in input_rows]
         changed: list[Any] = []
         for row in rows:
             codes = self.load_codes(row, block, is_last)
@@ -336,13 +376,33 @@ class ProductProgram(RowsProgram):
             if self.group_size is not None:
                 group_scales = self.load_group_scales(row, block, self.group_size, is_last)
             for vectors, scale in inputs:
-                products = self.constant(0, INTS)
-                for code, vector in zip(codes, vectors):
-                    products = self.add_products(products, code, vector)
+                products = self.multiply_codes(codes, vectors)
                 scale = scale if group_scales is None else builder.fmul(scale, group_scales)
                 total = sums[len(changed)]
                 changed.append(self.multiply_add(builder.sitofp(products, FLOATS), scale, total))
         return changed
+
+    def load_inputs(self, row: Any, block: Any) -> tuple[list[Any], Any]:
+        """What `RoundingProgram` has written of 128 columns of a row of the input, and their scale."""
+        place = self.sum((row, self.arguments["num_blocks"]), block)
+        planes = self.sum(self.arguments["planes"], (place, plane_bytes(self.in_bytes)))
+        kinds = [BYTES, BYTES, BYTES, BYTES, INTS] if self.in_bytes else [WORDS] * 4
+        vectors = [self.load(self.sum(planes, 64 * number), kind) for number, kind in enumerate(kinds)]
+        scale = self.load(self.sum(self.arguments["plane_scales"], (place, 4)), FLOAT)
+        return vectors, self.spread(scale, FLOATS.count)
+
+    def multiply_codes(self, codes: list[Any], vectors: list[Any]) -> Any:
+        """16 sums of the products of 128 codes with 128 fixed-point numbers."""
+        sums = self.constant(0, INTS)
+        if not self.in_bytes:
+            for code, vector in zip(codes, vectors):
+                sums = self.add_products(sums, code, vector)
+            return sums
+        *planes, low_sums = vectors
+        for code, high, low in zip(codes, planes[:2], planes[2:]):
+            sums = add_byte_products(self, sums, code, high)
+            low_sums = add_byte_products(self, low_sums, code, low)
+        return self.builder.add(self.builder.shl(sums, self.constant(8, INTS)), low_sums)
 
     def add_products(self, sums: Any, words: Any, other_words: Any) -> Any:
         """Add the products of 32 pairs of 16-bit numbers to 16 sums; with VNNI it is one instruction, `vpdpwssd`."""
@@ -356,7 +416,7 @@ class ProductProgram(RowsProgram):
         return self.builder.add(sums, self.pick(halves[0], range(16), halves[1]))
 
     def load_codes(self, row: Any, block: Any, is_last: bool) -> list[Any]:
-        """The codes of 128 columns as 16-bit numbers, four vectors in the order of `plane_columns`."""
+        """The codes of 128 columns in the order of `plane_columns`: four vectors of 16-bit numbers, or two of bytes."""
         arguments, builder = self.arguments, self.builder
         address = self.weight_address(row, (block, self.block_bytes))
         codes = []
@@ -367,13 +427,25 @@ class ProductProgram(RowsProgram):
                 loaded = self.call("llvm.masked.load.v64i8.p0", BYTES, *where, self.constant(0, BYTES))
             else:
                 loaded = self.load(self.sum(address, start), BYTES)
-                self.prefetch_next(self.sum(address, start))
-            words = builder.bitcast(loaded, WORDS)
-            # A code is moved to the top and back down again, which repeats its sign. The last is at the top already.
-            for unused in range(16 - self.bits, -1, -self.bits):
-                moved = builder.shl(words, self.constant(unused, WORDS)) if unused else words
-                codes.append(builder.ashr(moved, self.constant(16 - self.bits, WORDS)))
+                self.prefetch(self.sum(address, start))
+            codes += self.split_bytes(loaded) if self.in_bytes else self.split_words(loaded)
         return codes
+
+    def split_words(self, loaded: Any) -> list[Any]:
+        """The codes of 64 bytes as 16-bit numbers."""
+        builder, words = self.builder, self.builder.bitcast(loaded, WORDS)
+        codes = []
+        # A code is moved to the top and back down again, which repeats its sign. The last is at the top already.
+        for unused in range(16 - self.bits, -1, -self.bits):
+            moved = builder.shl(words, self.constant(unused, WORDS)) if unused else words
+            codes.append(builder.ashr(moved, self.constant(16 - self.bits, WORDS)))
+        return codes
+
+    def split_bytes(self, loaded: Any) -> list[Any]:
+        """The int4 codes of 64 bytes plus 8, as bytes without sign: that flips the highest of their four bits."""
+        builder = self.builder
+        halves = (builder.lshr(loaded, self.constant(4, BYTES)), builder.and_(loaded, self.constant(15, BYTES)))
+        return [builder.xor(half, self.constant(8, BYTES)) for half in halves]
 
     def scale_address(self, row: Any, group: Any = 0) -> Any:
         place = self.sum((row, self.arguments["num_groups"]), group)
@@ -410,9 +482,11 @@ def find_kernels(
     if not all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (weight, weight_scale)):
         return None
     input_rows = min(num_rows, rows_at_a_time())
-    rounding = compile_kernel(RoundingProgram, dtype, bits)
-    has_tail = in_features % BLOCK_COLUMNS != 0
-    product = compile_kernel(ProductProgram, bits, group_size, dtype, weight_scale.dtype, input_rows, has_tail)
+    has_tail, in_bytes = in_features % BLOCK_COLUMNS != 0, multiplies_bytes(bits, num_rows)
+    rounding = compile_kernel(RoundingProgram, dtype, bits, in_bytes)
+    product = compile_kernel(
+        ProductProgram, bits, group_size, dtype, weight_scale.dtype, input_rows, has_tail, in_bytes
+    )
     return None if rounding is None or product is None else (rounding, product)
 
 
@@ -429,7 +503,8 @@ def multiply_by_kernels(
     if in_features % BLOCK_COLUMNS != 0:
         x = F.pad(x, (0, -in_features % BLOCK_COLUMNS))
     x = x.contiguous()
-    planes = x.new_empty(x.shape, dtype=torch.int16)
+    in_bytes = multiplies_bytes(8 * row_bytes // in_features, num_rows)
+    planes = x.new_empty((num_rows, num_blocks, plane_bytes(in_bytes)), dtype=torch.int8)
     plane_scales = x.new_empty((num_rows, num_blocks), dtype=torch.float32)
     output = x.new_empty((num_rows, out_features))
     rounding, product = kernels

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .kernels_llvm import can_add_bias, own_name
+from .kernels_llvm import ask_for_large_pages, can_add_bias, own_name
 from .kernels_matmul import find_matmul, multiply_matrices
 from .quantization_cpu import (
     can_pack_int4,
@@ -170,6 +170,7 @@ def quantize_weight(
     if scale_dtype is None:
         scale_dtype = torch.float32 if weight.dtype == torch.float32 else torch.float16
     codes = weight.new_empty((out_features, in_features * bits // 8), dtype=torch.int8)
+    ask_for_large_pages(codes)
     scale = weight.new_empty((out_features, in_features // (group_size or in_features)), dtype=scale_dtype)
     in_threads(partial(quantize_rows, code_range=code_range, method=method), weight, codes, scale)
     if not scale.isfinite().all():
@@ -241,12 +242,12 @@ def round_to_fixed_point(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x: `[rows, in]`, any float dtype. It is filled up with zeros to whole blocks of 128 columns.
 
     Returns:
-        Whole numbers from -32767 to 32767 as float32 `[rows, blocks, 128]`, and float32 scales `[rows, blocks, 1]`. The
+        Whole numbers from -32639 to 32639 as float32 `[rows, blocks, 128]`, and float32 scales `[rows, blocks, 1]`. The
         scale of a block that is not finite is NaN.
     """
     blocks = F.pad(x, (0, -x.shape[1] % 128)).float().view(len(x), -1, 128)
     # The smallest scale is the smallest normal float, whose inverse is still finite.
-    scale = (blocks.abs().amax(-1, keepdim=True) * (1 / 32767)).clamp(min=2.0**-126)
+    scale = (blocks.abs().amax(-1, keepdim=True) * (1 / 32639)).clamp(min=2.0**-126)
     is_finite = blocks.isfinite().all(-1, keepdim=True)
     numbers = torch.where(is_finite, (blocks * (1 / scale)).round(), 0)
     return numbers, torch.where(is_finite, scale, torch.nan)

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 
-# Out and in: the kernels take rows of a weight by fours, 32 of them at a time, and columns by 32.
+# Out and in: the kernels take rows of a weight by fours, 64 of them at a time, and columns by 32.
 SHAPES = ((1, 32), (5, 64), (33, 96), (67, 320), (128, 4096))
 
 

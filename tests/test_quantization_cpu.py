@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -62,7 +63,7 @@ def llvm_kernels(source: Callable[[str], ModuleType]) -> ModuleType:
 @pytest.fixture
 def needs_kernels(cpu: ModuleType) -> None:
     """For the rest of a test; other processors take the ways of torch everywhere."""
-    if cpu.compile_kernel(cpu.RoundingProgram, torch.bfloat16, 8) is None:
+    if cpu.compile_kernel(cpu.RoundingProgram, torch.bfloat16, 8, False) is None:
         pytest.skip("needs a processor that the kernels are for, and llvmlite")
 
 
@@ -152,11 +153,13 @@ def test_kernels_of_older_processors_equal_the_twin(
 
 
 @pytest.mark.usefixtures("needs_kernels")
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("bits", "in_bytes"), [(8, False), (4, False), (4, True)])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_inputs_are_rounded_as_by_the_twin(
-    dtype: torch.dtype, bits: int, cpu: ModuleType, kernels: ModuleType
+    dtype: torch.dtype, bits: int, in_bytes: bool, cpu: ModuleType, kernels: ModuleType
 ) -> None:
+    if in_bytes and not cpu.multiplies_bytes(bits, 1):
+        pytest.skip("needs a processor that multiplies bytes")
     greatest = torch.finfo(dtype).max
     special = (0, 1e-6, 1e-30, 1e-38, 1e-40, greatest, -greatest, torch.inf, -torch.inf, torch.nan)
     x = torch.randn(4 + len(special), 256) * torch.logspace(-6, 3, 4 + len(special))[:, None]
@@ -165,17 +168,50 @@ def test_inputs_are_rounded_as_by_the_twin(
         x[row, 77], x[row, 200] = (value, 0) if row % 2 else (0, value)
     x[0], x[1, :128] = 0, 1e-39
     x = x.to(dtype)
-    planes, scales = torch.empty(x.shape, dtype=torch.int16), torch.empty(len(x), 2)
-    kernel = cpu.compile_kernel(cpu.RoundingProgram, dtype, bits)
+    planes, scales = torch.empty(len(x), 2, cpu.plane_bytes(in_bytes), dtype=torch.int8), torch.empty(len(x), 2)
+    kernel = cpu.compile_kernel(cpu.RoundingProgram, dtype, bits, in_bytes)
     kernel.run(x.data_ptr(), planes.data_ptr(), scales.data_ptr(), 2 * len(x))
     numbers, expected_scales = kernels.round_to_fixed_point(x)
     torch.testing.assert_close(scales, expected_scales[..., 0], rtol=0, atol=0, equal_nan=True)
-    assert planes.view(-1, 2, 128).float().equal(numbers[..., cpu.plane_columns(bits)])
+    ordered = numbers[..., cpu.plane_columns(bits, in_bytes)]
+    if in_bytes:
+        high, low = planes[..., :256].float().chunk(2, dim=-1)
+        assert (256 * high + low).equal(ordered)
+        sums = planes[..., 256:].contiguous().view(torch.int32)
+        assert sums.float().equal(-8 * numbers.unflatten(-1, (16, 8)).sum(-1))
+    else:
+        assert planes.view(torch.int16).float().equal(ordered)
     # 15 bits of the greatest number of each block.
     error = (numbers * expected_scales - x.float().view(-1, 2, 128)).abs().amax(-1)
     is_finite = expected_scales[..., 0].isfinite()
     assert is_finite.sum() == 2 * len(x) - 3
     assert (error <= expected_scales[..., 0] * 0.502)[is_finite].all()
+
+
+def mapping_flags(address: int) -> list[str]:
+    """What Linux says of the memory at an address: two letters each, such as `hg` for large pages."""
+    is_here = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        name, *values = line.split()
+        if "-" in name:
+            start, stop = (int(bound, 16) for bound in name.split("-"))
+            is_here = start <= address < stop
+        elif is_here and name == "VmFlags:":
+            return values
+    return []
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists() or not Path("/proc/self/smaps").exists(),
+    reason="needs Linux with large pages",
+)
+def test_codes_ask_for_large_pages(kernels: ModuleType) -> None:
+    codes, _ = kernels.quantize_weight(torch.ones(2048, 4096), 8)
+    assert "hg" in mapping_flags(codes.data_ptr() + codes.nbytes // 2)
+    # Nothing to ask for.
+    llvm_kernels = sys.modules[kernels.own_name.__module__]
+    for tensor in (torch.empty(0), torch.empty(3), torch.empty(5, device="meta")):
+        llvm_kernels.ask_for_large_pages(tensor)
 
 
 @pytest.mark.usefixtures("needs_kernels")
