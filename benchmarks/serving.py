@@ -20,7 +20,7 @@ ChatGLM3-6B with random weights. What is measured:
 - the server's memory after 50 requests and after all of them;
 - how many of 32 requests are not answered to their end when the server gets SIGTERM while they run.
 
-It needs `pip install -r requirements/serving.txt`, and is no part of `make bench`.
+It needs `pip install -r requirements/serving.txt`, and does nothing without.
 """
 
 import argparse
@@ -38,11 +38,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import torch
 from slices import REPOSITORY, build_slice
 
+
+try:
+    import httpx
+except ImportError:
+    httpx = None
 
 BUNDLED = REPOSITORY / "examples" / "tiny-chatglm3"
 QUESTIONS = ("你好", "What can you do?", "法国的首都是哪里？", "What is the weather like in Paris?")
@@ -164,6 +168,9 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=500, help="between the two looks at the memory; 0 for none")
     parser.add_argument("--json", type=Path, help="where to keep the figures")
     arguments = parser.parse_args()
+    if httpx is None:
+        print("nothing was measured: pip install -r requirements/serving.txt")
+        return 0
     words = [f"--{word}" for word in arguments.server]
     with tempfile.TemporaryDirectory() as name:
         folder = arguments.folder

@@ -600,3 +600,22 @@ def test_no_answer_raises(formats: dict[str, Any], version: str) -> None:
             assert isinstance(response, (str, dict))
             assert [message["role"] for message in new] == ["assistant"] * len(new)
             assert new
+
+
+@pytest.mark.parametrize("version", GENERATIONS)
+def test_a_call_of_the_interpreter_goes_back_as_it_came(formats: dict[str, Any], version: str) -> None:
+    code = "```python\nprint({'a': 1})\n```"
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "interpreter", "arguments": code}}]}
+    question = {"role": "user", "content": "1"}
+    if version != "chatglm3":
+        with pytest.raises(ValueError):
+            chat_format = formats[version]
+            chat_format.segments(chat_format.normalize_messages([question, call]))
+        return
+    chat_format = formats[version]
+    messages = chat_format.normalize_messages([question, call])
+    assert messages[1] == {"role": "assistant", "metadata": "interpreter", "content": code}
+    assert chat_format.read_answer(f"interpreter\n{code}", messages[:1])[0] == {"name": "interpreter", "content": code}
+    # A function of that name is called like any other.
+    function = chat_format.write_tool_call("interpreter", '{"code": "1"}')
+    assert function["content"] == "```python\ntool_call(code='1')\n```"

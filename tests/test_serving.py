@@ -20,16 +20,23 @@ import concurrent.futures
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import REPOSITORY
 from serving_help import BUNDLED, WEATHER, free_port, wait_until
+
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+import docs_check  # noqa: E402
 
 
 httpx = pytest.importorskip("httpx", reason="needs requirements/serving.txt: make test-programs")
@@ -407,6 +414,39 @@ def test_a_tool_call_of_the_tutorials_is_an_object(server: Server) -> None:
     history = [system | {"tools": [WEATHER["function"]]}]
     content = post(server, "/", {"prompt": "What is the weather like in Paris?", "history": history}).json()
     assert content["response"] == {"name": "get_weather", "parameters": {"city": "Paris"}}
+
+
+def page_blocks(needs: str) -> list[docs_check.Block]:
+    page = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
+    return [block for block in docs_check.read_blocks(page) if needs in (block.needs or "")]
+
+
+def test_the_commands_of_the_page_for_a_running_server(server: Server, tmp_path: Path) -> None:
+    def here(code: str) -> str:
+        return code.replace("http://127.0.0.1:8000", server.url).replace("chatglm3-6b", NAME)
+
+    blocks = page_blocks("the server above")
+    shell = "\n".join(here(block.code) for block in blocks if block.language == "bash")
+    done = subprocess.run(["bash", "-ec", shell], capture_output=True, text=True, check=True)
+    assert done.stdout.count(HELLO) >= 4 and "error" not in done.stdout
+    program = "\n".join(here(block.code) for block in blocks if block.language == "python")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "It is cloudy in Paris" in done.stdout and "get_weather" in done.stdout
+
+
+def test_the_commands_of_the_page_that_start_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
+    import serve
+
+    blocks = page_blocks("a terminal of its own")
+    assert len(blocks) >= 5
+    for block in blocks:
+        words = shlex.split(block.code)
+        words = words[words.index("examples/serve.py") :]
+        monkeypatch.setattr(sys, "argv", words)
+        arguments = serve.read_arguments()
+        serve.check_limits(arguments)
+        assert serve.read_adapters(arguments.adapter).keys() == ({"polite", "law"} if "--adapter" in words else set())
 
 
 def test_metrics(server: Server, ask: Ask) -> None:
