@@ -34,13 +34,21 @@ from tqdm import tqdm
 INDEX = "model.safetensors.index.json"
 
 
-def read_weights(files: Sequence[Path], index: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+class Weights(dict[str, torch.Tensor]):
+    """Tensors by name. Those of a subclass may have no values until they are read."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor with its values."""
+        return self[name]
+
+
+def read_weights(files: Sequence[Path], index: Mapping[str, Any]) -> Weights:
     """All tensors of the `.bin` files. Their values stay on the disk until they are used.
 
     Raises:
         UpgradeError: for what cannot be carried over, so that nothing is dropped silently.
     """
-    weights: dict[str, torch.Tensor] = {}
+    weights = Weights()
     for path in files:
         try:
             # The oldest format cannot be mapped into memory.
@@ -59,7 +67,7 @@ def read_weights(files: Sequence[Path], index: Mapping[str, Any]) -> dict[str, t
     return weights
 
 
-def convert(weights: dict[str, torch.Tensor], max_shard_size: str, change: Change) -> dict[str, str]:
+def convert(weights: Weights, max_shard_size: str, change: Change) -> dict[str, str]:
     """Write the safetensors files and their index, and return their SHA-256 by name.
 
     Raises:
@@ -69,7 +77,7 @@ def convert(weights: dict[str, torch.Tensor], max_shard_size: str, change: Chang
     hashes = {}
     for name, keys in tqdm(split.filename_to_tensors.items(), desc="converting", disable=None):
         # Copies, because the format cannot hold tensors that share memory.
-        shard = {key: weights[key].detach().clone(memory_format=torch.contiguous_format) for key in keys}
+        shard = {key: weights.read(key).detach().clone(memory_format=torch.contiguous_format) for key in keys}
         try:
             save_file(shard, change.staged(name), metadata={"format": "pt"})
         except SafetensorError as error:  # The disk is full, for example.
@@ -92,4 +100,4 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-__all__ = ["convert", "read_weights"]
+__all__ = ["Weights", "convert", "read_weights"]

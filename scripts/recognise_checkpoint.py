@@ -33,7 +33,9 @@ CODE = Path(__file__).resolve().parent.parent
 LIBRARY_MODEL_TYPES = ("glm", "glm4")
 # The name under which the modules there are importable, so that `from .x import y` works in them.
 CODE_PACKAGE = "chatglm_code"
-VOCABULARIES = ("ice_text.model", "tokenizer.model", "tokenizer.json")
+VOCABULARIES = ("ice_text.model", "tokenizer.model", "cog-pretrain.model", "vocab.json", "tokenizer.json")
+# Generations whose published folders hold no vocabulary.
+WITHOUT_VOCABULARY = ("glm130b",)
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,28 @@ class Checkpoint:
     tokenizer_config: dict[str, Any]
     generation: str
     reason: str
+    # GLM-130B's, which are in the files of its ranks.
+    merged: Any = None
 
     @property
     def tokenizer_class(self) -> str:
-        return {"glm4": "ChatGLM4Tokenizer"}.get(self.generation, "ChatGLMTokenizer")
+        names = {"glm4": "ChatGLM4Tokenizer", "glm": "GLMGPT2Tokenizer"}
+        if (self.folder / "cog-pretrain.model").is_file():
+            return "GLMChineseTokenizer"
+        return names.get(self.generation, "ChatGLMTokenizer")
+
+    @property
+    def tokenizer_module(self) -> str:
+        return {"glm": "tokenization_glm"}.get(self.generation, "tokenization_chatglm")
+
+    @property
+    def tokenizer_generation(self) -> str:
+        """Whose vocabulary it is: GLM-130B's is that of the first ChatGLM-6B."""
+        return {"glm130b": "chatglm"}.get(self.generation, self.generation)
+
+    @property
+    def has_vocabulary(self) -> bool:
+        return any((self.folder / name).is_file() for name in VOCABULARIES)
 
     @property
     def weights(self) -> list[Path]:
@@ -65,14 +85,19 @@ def recognise(folder: Path, asked: str | None) -> Checkpoint:
     Raises:
         UpgradeError: for anything that is not a ChatGLM checkpoint, or not clearly of one generation.
     """
-    config = read_json(folder / "config.json")
+    config, merged = read_json(folder / "config.json"), merge_ranks(folder)
+    if merged is not None and not config:
+        # Imported late, for torch takes its time.
+        from merge_ranks import make_config
+
+        config = make_config(folder, merged)
     if not config:
         is_adapter = (folder / "adapter_config.json").exists()
         hint = " It holds an adapter: upgrade the folder of its base model instead." if is_adapter else ""
         raise UpgradeError(f"{folder} has no config.json, so it is not a checkpoint folder.{hint}")
     refuse_other_models(config)
     vocabularies = [folder / name for name in VOCABULARIES if (folder / name).is_file()]
-    if not vocabularies:
+    if not vocabularies and config.get("model_version") not in WITHOUT_VOCABULARY:
         raise UpgradeError(
             f"{folder} has no vocabulary ({' or '.join(VOCABULARIES)}). Copy it and tokenizer_config.json from the "
             "checkpoint that this one was made from."
@@ -82,25 +107,37 @@ def recognise(folder: Path, asked: str | None) -> Checkpoint:
         generation, reason = tell_generation(folder, config, tokenizer_config, asked)
     except (ValueError, TypeError) as error:  # A name that does not exist, or that is no text.
         raise UpgradeError(f"{'--model-version' if asked else 'config.json'}: {error}") from error
-    checkpoint = Checkpoint(folder, config, tokenizer_config, generation, reason)
+    checkpoint = Checkpoint(folder, config, tokenizer_config, generation, reason, merged)
     for path in [*vocabularies, *checkpoint.weights]:
         if read_start(path).startswith("version https://git-lfs"):
             raise UpgradeError(f"{path.name} is a Git LFS pointer, not the file: run `git lfs pull` in the folder.")
     return checkpoint
 
 
+def merge_ranks(folder: Path) -> Any:
+    """The weights of a published folder of GLM-130B, `None` for all others, and where they are merged already."""
+    if not (folder / "latest").is_file() or any(folder.glob("model*.safetensors*")):
+        return None
+    from merge_ranks import MergedWeights, find_rank_files
+
+    files = find_rank_files(folder)
+    return MergedWeights(files) if files else None
+
+
+def is_first_glm(config: Mapping[str, Any]) -> bool:
+    """Whether this is the GLM of before ChatGLM, whose model type the library has given to another network."""
+    code = load_code("configuration_chatglm")
+    generation = code.infer_model_version({key: value for key, value in config.items() if key != "model_version"})
+    features = code.GENERATION_FEATURES.get(generation)
+    return features is not None and features.published_model_type == config.get("model_type")
+
+
 def refuse_other_models(config: Mapping[str, Any]) -> None:
-    """Raise an `UpgradeError` for what is no ChatGLM, or sees images too."""
-    if (model_type := config.get("model_type")) != "chatglm":
+    """Raise an `UpgradeError` for what is no ChatGLM and no GLM, or sees images too."""
+    if (model_type := config.get("model_type")) != "chatglm" and not is_first_glm(config):
         hint = ""
         if model_type in LIBRARY_MODEL_TYPES:
-            # The first GLM, of before ChatGLM, has the same model type.
-            is_library = any(str(name).startswith("Glm") for name in config.get("architectures") or ())
-            hint = (
-                " This is one of the library's own folders (`-hf`): load it as it is, without `trust_remote_code`."
-                if is_library
-                else " Of these, Transformers loads its own (`-hf`) by itself; glm-515m and its siblings are not supported."
-            )
+            hint = " This is one of the library's own folders (`-hf`): load it as it is, without `trust_remote_code`."
         raise UpgradeError(f"config.json has the model type {model_type!r}; ChatGLM checkpoints have 'chatglm'.{hint}")
     try:
         load_code("configuration_chatglm").refuse_images(config)
@@ -160,4 +197,4 @@ def generation_of_tokenizer(folder: Path, tokenizer_config: Mapping[str, Any]) -
     return next((generation for sign, generation in signs.items() if sign in text), None)
 
 
-__all__ = ["CODE", "Checkpoint", "load_code", "read_start", "recognise"]
+__all__ = ["CODE", "WITHOUT_VOCABULARY", "Checkpoint", "load_code", "read_start", "recognise"]

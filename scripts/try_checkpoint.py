@@ -72,10 +72,10 @@ def try_loading(checkpoint: Checkpoint, contents: Mapping[str, bytes]) -> tuple[
     logging.disable_progress_bar()
     try:
         with assembled(checkpoint.folder, contents) as trial:
-            tokenizer = AutoTokenizer.from_pretrained(trial, **options)
-            ids = tokenizer.encode(ROUND_TRIP, add_special_tokens=False)
-            if (text := str(tokenizer.decode(ids)).strip()) != ROUND_TRIP:
-                raise ValueError(f"the tokenizer turns {ROUND_TRIP!r} into {text!r}")
+            tokenizer, ids, tried = None, [5, 6, 7], "no tokenizer (there is no vocabulary)"
+            if checkpoint.has_vocabulary:
+                tokenizer = AutoTokenizer.from_pretrained(trial, **options)
+                ids, tried = try_tokenizer(tokenizer), "tokenizer round trip"
             weights = [trial / path.name for path in checkpoint.weights]
             if weights and all(path.exists() for path in weights):
                 model, info = auto_class.from_pretrained(
@@ -88,14 +88,30 @@ def try_loading(checkpoint: Checkpoint, contents: Mapping[str, bytes]) -> tuple[
                 with torch.device("meta"):
                     model = auto_class.from_config(config, trust_remote_code=True)
                 fit = f"no weights compared ({'no links can be made here' if weights else 'there are none'})"
-            model.eval()(input_ids=torch.tensor([tokenizer.encode(ROUND_TRIP)], device="meta"))
+            if checkpoint.merged is not None:
+                model.load_state_dict(dict(checkpoint.merged), strict=True, assign=True)
+                fit = f"names and shapes of the weights of {len(checkpoint.merged.files)} ranks"
+            model.eval()(input_ids=torch.tensor([ids], device="meta"))
     except Exception as error:  # The remote code may raise anything, and all of it means: does not load.
         # The message may name the temporary folder, and have several lines.
         message = " ".join(re.sub(r"\S*[/\\]chatglm-upgrade-\w+[/\\]checkpoint", ".", str(error)).split())
         raise UpgradeError(
             f"with the new files the folder does not load: {message} ({type(error).__name__})"
         ) from error
-    return tokenizer, f"tokenizer round trip, {fit}, one forward on the meta device"
+    return tokenizer, f"{tried}, {fit}, one forward on the meta device"
+
+
+def try_tokenizer(tokenizer: Any) -> list[int]:
+    """The ids of a text that comes back, as far as the vocabulary knows its characters.
+
+    Raises:
+        ValueError: if another text comes back.
+    """
+    ids = tokenizer.encode(ROUND_TRIP, add_special_tokens=False)
+    text = str(tokenizer.decode(ids)).strip()
+    if text != ROUND_TRIP and tokenizer.unk_token_id not in ids:
+        raise ValueError(f"the tokenizer turns {ROUND_TRIP!r} into {text!r}")
+    return tokenizer.encode(ROUND_TRIP)
 
 
 def compare_weights(info: Mapping[str, Any]) -> None:

@@ -13,7 +13,8 @@
 # limitations under the License.
 """Brings a published checkpoint folder up to date: `python scripts/upgrade_checkpoint.py PATH`.
 
-Any generation, float or quantized: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B and what was made from them. The
+Any generation, float or quantized: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B and what was made from them, and
+before them GLM (glm-large, glm-2b, glm-10b) and GLM-130B, whose ranks are merged into safetensors files. The
 `.py` files of this repository go in; `config.json` and `tokenizer_config.json` get `model_version` and the whole
 `auto_map` and keep everything else; a `generation_config.json` with all stop ids is written where there is none. A
 chat template that later revisions of the published folders carry is replaced by ours; one of your own stays.
@@ -41,12 +42,14 @@ from pathlib import Path
 from typing import Any
 
 from folder_switch import JOURNAL, LARGEST_FILE, OWN_NAME, Change, UpgradeError, is_pending, lock, read_json, recover
-from recognise_checkpoint import CODE, Checkpoint, load_code, read_start, recognise
+from recognise_checkpoint import CODE, WITHOUT_VOCABULARY, Checkpoint, load_code, read_start, recognise
 
 
 MANIFEST = "chatglm_upgrade.json"
 TEMPLATE_FILE = "chat_template.jinja"
 BIN_FILES = "pytorch_model*.bin"
+# A file of GLM-130B's, in the folder of an iteration.
+RANK_NAME = re.compile(r"\w+/mp_rank_\d+_model_states\.pt")
 # Left on the disk after a conversion.
 SPARE_BYTES = 64 * 10**6
 
@@ -77,7 +80,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, in
             is_own = {name, record["backup"]} & {MANIFEST, JOURNAL} or name == record["backup"]
             if not is_named or is_own or not {"sha256", "backup_sha256"} <= record.keys():
                 raise ValueError(name)
-        if not all(Path(name).name == name for name in manifest["converted_from"].keys()):
+        if not all(Path(name).name == name or RANK_NAME.fullmatch(name) for name in manifest["converted_from"].keys()):
             raise ValueError("converted_from")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UpgradeError(f"{folder / MANIFEST} is not what an upgrade wrote: {error!r}.") from error
@@ -104,19 +107,24 @@ def describe_code(folder: Path) -> str:
 def new_contents(checkpoint: Checkpoint) -> dict[str, bytes]:
     """The code and the two configurations as they should be; only the files that are not so yet."""
     contents = {path.name: path.read_bytes() for path in sorted(CODE.glob("*.py"))}
-    tokenizer_map = {"AutoTokenizer": [f"tokenization_chatglm.{checkpoint.tokenizer_class}", None]}
-    for name, old, own_map in (
-        ("config.json", checkpoint.config, load_code("configuration_chatglm").AUTO_MAP),
-        ("tokenizer_config.json", checkpoint.tokenizer_config, tokenizer_map),
-    ):
+    configuration = load_code("configuration_chatglm")
+    own_map = {**configuration.AUTO_MAP, **configuration.GENERATION_FEATURES[checkpoint.generation].auto_map}
+    tokenizer_map = {"AutoTokenizer": [f"{checkpoint.tokenizer_module}.{checkpoint.tokenizer_class}", None]}
+    files = [
+        ("config.json", checkpoint.config, own_map, {"model_type": "chatglm", "model_version": checkpoint.generation})
+    ]
+    if checkpoint.has_vocabulary:
+        settings = {"model_version": checkpoint.tokenizer_generation}
+        files.append(("tokenizer_config.json", checkpoint.tokenizer_config, tokenizer_map, settings))
+    for name, old, own_map, own in files:
         new = dict(old) if old else {"tokenizer_class": checkpoint.tokenizer_class}
         # The oldest tokenizer_config.json have the list itself here.
         auto_map = new.get("auto_map")
         auto_map = {**(auto_map if isinstance(auto_map, dict) else {}), **own_map}
-        new |= {"model_version": checkpoint.generation, "auto_map": auto_map}
+        new |= {**own, "auto_map": auto_map}
         if new.get("chat_template"):
             new["chat_template"] = current_template(checkpoint, new["chat_template"])
-        if new != old:
+        if new != old or not (checkpoint.folder / name).is_file():
             contents[name] = to_json(new)
     if (template := checkpoint.folder / TEMPLATE_FILE).is_file():
         # What is not UTF-8 is no known template, and stays.
@@ -127,7 +135,11 @@ def new_contents(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 def current_template(checkpoint: Checkpoint, saved: Any) -> Any:
     """A saved chat template with ours in the place of a published one, in the form that tokenizer_config.json has."""
-    template = load_code("conversation_chatglm").conversation_format(checkpoint.generation).current_template(saved)
+    formats = load_code("conversation_chatglm").CONVERSATION_FORMATS
+    # GLM and GLM-130B have no conversations, so a template is one of its owner's.
+    if checkpoint.generation not in formats:
+        return saved
+    template = formats[checkpoint.generation].current_template(saved)
     if isinstance(template, dict):
         return [{"name": name, "template": text} for name, text in template.items()]
     return template
@@ -139,13 +151,18 @@ def has_content(path: Path, content: bytes) -> bool:
 
 def generation_config(checkpoint: Checkpoint, tokenizer: Any) -> bytes:
     """All stop ids of the vocabulary. The file replaces what the library takes from config.json, so that goes in too."""
-    stop_ids = tokenizer.stop_token_ids()
+    # Whose folder may lack a vocabulary has them all in its configuration, which was made here.
+    is_made_here = checkpoint.config.get("model_version") in WITHOUT_VOCABULARY
+    stop_ids = checkpoint.config["eos_token_id"] if is_made_here else tokenizer.stop_token_ids()
     content = {"eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]}
-    content |= {key: checkpoint.config.get(key) for key in ("bos_token_id", "pad_token_id")}
+    content |= {key: checkpoint.config.get(key) for key in ("bos_token_id", "pad_token_id", "bad_words_ids")}
+    # CODEPATH: glm's files name no end token.
+    if checkpoint.config.get("eos_token_id") is None and content["pad_token_id"] is None:
+        content["pad_token_id"] = tokenizer.pad_token_id
     return to_json({key: value for key, value in content.items() if value is not None})
 
 
-def weights_to_convert(folder: Path) -> dict[str, Any]:
+def weights_to_convert(folder: Path) -> Any:
     """The tensors of the `.bin` files, `{}` where the folder has safetensors files already.
 
     Raises:
@@ -158,10 +175,15 @@ def weights_to_convert(folder: Path) -> dict[str, Any]:
     weights = read_weights(sorted(folder.glob(BIN_FILES)), read_json(folder / "pytorch_model.bin.index.json"))
     if not weights:
         raise UpgradeError("--safetensors: the folder has no pytorch_model.bin to convert.")
+    check_room(folder, weights, "--safetensors")
+    return weights
+
+
+def check_room(folder: Path, weights: Mapping[str, Any], reason: str) -> None:
+    """Raise an `UpgradeError` if the disk has no room for weights."""
     needed, free = sum(tensor.nbytes for tensor in weights.values()) + SPARE_BYTES, shutil.disk_usage(folder).free
     if free < needed:
-        raise UpgradeError(f"--safetensors needs {needed / 1e6:.0f} MB of disk space, {free / 1e6:.0f} MB are free.")
-    return weights
+        raise UpgradeError(f"{reason} needs {needed / 1e6:.0f} MB of disk space, {free / 1e6:.0f} MB are free.")
 
 
 def is_ours(folder: Path, record: Mapping[str, Any]) -> bool:
@@ -209,7 +231,7 @@ def print_plan(folder: Path, contents: Mapping[str, bytes], has_weights: bool) -
 
 
 def apply_upgrade(
-    folder: Path, contents: Mapping[str, bytes], backups: Mapping[str, str], weights: dict[str, Any], shard_size: str
+    folder: Path, contents: Mapping[str, bytes], backups: Mapping[str, str], weights: Any, shard_size: str
 ) -> None:
     """Write everything, and note for `--undo` what was there before the first upgrade."""
     records, sources = read_manifest(folder)
@@ -221,7 +243,9 @@ def apply_upgrade(
             from convert_weights import convert
 
             hashes |= convert(weights, shard_size, change)
-            sources = {path.name: path.stat().st_size for path in folder.glob(BIN_FILES)}
+            merged = [path.relative_to(folder) for path in getattr(weights, "files", ())]
+            files = merged or [path.relative_to(folder) for path in folder.glob(BIN_FILES)]
+            sources = {path.as_posix(): (folder / path).stat().st_size for path in files}
         for name, digest in hashes.items():
             old = backups.get(name)
             first = {"name": name, "backup": old, "backup_sha256": sha256(folder / name) if old else None}
@@ -237,7 +261,11 @@ def upgrade(folder: Path, args: argparse.Namespace) -> None:
     print(f"{folder}: {checkpoint.generation} (by {checkpoint.reason})")
     print(f"This is {describe_code(folder)}.")
     contents = new_contents(checkpoint)
-    weights = weights_to_convert(folder) if args.safetensors else {}
+    weights = checkpoint.merged
+    if weights is not None:
+        check_room(folder, weights, f"Merging {len(weights.files)} ranks")
+    elif args.safetensors:
+        weights = weights_to_convert(folder)
     lacks_generation_config = not os.path.lexists(folder / "generation_config.json")
     if contents or weights or lacks_generation_config:
         # Imported late, for torch takes its time and the refusals above need not wait.
@@ -261,7 +289,7 @@ def upgrade(folder: Path, args: argparse.Namespace) -> None:
         return
     apply_upgrade(folder, contents, backups, weights, args.max_shard_size)
     if weights:
-        print("Every tensor was read back and is the same. The .bin files stay; if you delete them, --undo leaves the")
+        print("Every tensor was read back and is the same. The old files stay; if you delete them, --undo leaves the")
         print("safetensors files in their place.")
     if folder.parent.name == "snapshots":
         print("This is the Hub's cache: load the folder by its path. By its name, the Hub is asked for the new files.")
