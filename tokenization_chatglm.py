@@ -45,12 +45,14 @@ from .configuration_chatglm import infer_model_version
 from .conversation_chatglm import ConversationFormat, check_text
 from .tokenization_chatglm_6b import ChatGLM6BTokenizer
 from .tokenization_conversation import Vocabulary, is_possible_id, take_extra_tokens
+from .tokenization_plain import PlainTexts, RustEncoder, SentencePieceEncoder, TextsEncoder, WordEncoder
 from .tokenization_published import PublishedCalls, RanksView, SentencePieceView, ready_ids
 from .tokenization_vocabulary import (
     BYTE_OF_CHARACTER,
     bpe_from_ranks,
     bpe_from_sentencepiece,
     ranks_tokenizer,
+    read_added_tokens,
     sentencepiece_tokenizer,
 )
 
@@ -77,7 +79,7 @@ def position_ids_from_mask(attention_mask: Sequence[int]) -> list[int]:
     return [mask * (count - 1) for mask, count in zip(attention_mask, accumulate(attention_mask))]
 
 
-class ChatGLMTokenizersBackend(PublishedCalls, TokenizersBackend):
+class ChatGLMTokenizersBackend(PublishedCalls, PlainTexts, TokenizersBackend):
     """What the tokenizers on the Rust backend share. A class adds how its `tokenizer.model` is read and decoded."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
@@ -121,6 +123,19 @@ class ChatGLMTokenizersBackend(PublishedCalls, TokenizersBackend):
         self._register_control_tokens()
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Load a tokenizer as the library does, which would read all of `tokenizer.json` for the added tokens in it."""
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        config, file = folder / "tokenizer_config.json", folder / "tokenizer.json"
+        older_files = [folder / name for name in ("added_tokens.json", "special_tokens_map.json")]
+        if config.is_file() and file.is_file() and not any(older.exists() for older in older_files):
+            settings = {**json.loads(config.read_text(encoding="utf-8")), **kwargs}
+            is_told = "added_tokens_decoder" in settings or "fast_tokenizer_files" in settings
+            if not is_told and (added_tokens := read_added_tokens(file)) is not None:
+                kwargs["added_tokens_decoder"] = added_tokens
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
     def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
         """Leave the files to `__init__`: the library's own conversion of a SentencePiece model needs protobuf."""
         return kwargs
@@ -146,6 +161,7 @@ class ChatGLMTokenizersBackend(PublishedCalls, TokenizersBackend):
         tokens = [_added_token(token, kept.get(token.content, token.special)) for token in added_tokens]
         self._tokenizer = self._rust_tokenizer(self._tokenizer.model)
         self._tokenizer.add_tokens(tokens)
+        self._known_tokens = {}
         self.update_post_processor()
 
     def update_post_processor(self) -> None:
@@ -287,6 +303,8 @@ class ChatGLMTokenizersBackend(PublishedCalls, TokenizersBackend):
         # `add_special_tokens` replaces this list by default, but these tokens do not go away.
         self.extra_special_tokens = list(dict.fromkeys((*control_tokens, *self.extra_special_tokens)))
         self._message_tokenizer = None
+        self._texts_encoder = None
+        self._known_tokens = {}
 
     def _text_tokenizer(self) -> Tokenizer:
         """A Rust tokenizer for the text of messages. It shares the vocabulary, but none of the per-call settings."""
@@ -299,6 +317,11 @@ class ChatGLMTokenizersBackend(PublishedCalls, TokenizersBackend):
             tokenizer.encode_special_tokens = True
             self._message_tokenizer = tokenizer
         return tokenizer
+
+    def _message_ids(self, text: str) -> list[int]:
+        tokenizer = self._text_tokenizer()
+        rows = self._plain_ids([text], tokenizer, is_split=True)
+        return RustEncoder(tokenizer)([text])[0] if rows is None else rows[0]
 
     def _message_encoding(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self._text_tokenizer().encode(text, add_special_tokens=False)
@@ -407,6 +430,12 @@ class ChatGLMTokenizer(ChatGLMTokenizersBackend):
     def _load_model(self, vocab_file: str, added_tokens: Mapping[int, AddedToken]) -> BPE:
         return bpe_from_sentencepiece(vocab_file, self.vocabulary.control_tokens)
 
+    def _make_texts_encoder(self) -> TextsEncoder:
+        try:
+            return SentencePieceEncoder(self.tokenizer.sp_model)
+        except ValueError:  # There is a tokenizer.json only.
+            return RustEncoder(self._text_tokenizer())
+
     @staticmethod
     def _rust_tokenizer(model: BPE) -> Tokenizer:
         return sentencepiece_tokenizer(model)
@@ -510,6 +539,9 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
         if not more_tokens or max(added_tokens) - min(added_tokens) < len(added_tokens):
             more_tokens = {}
         return bpe_from_ranks(vocab_file, self.vocabulary.control_tokens, more_tokens)
+
+    def _make_texts_encoder(self) -> TextsEncoder:
+        return WordEncoder(self._text_tokenizer())
 
     @staticmethod
     def _rust_tokenizer(model: BPE) -> Tokenizer:

@@ -34,10 +34,11 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken
 from transformers.tokenization_python import PythonBackend
-from transformers.tokenization_utils_base import BatchEncoding, PaddingStrategy
+from transformers.tokenization_utils_base import BatchEncoding, PaddingStrategy, TruncationStrategy
 
 from .conversation_chatglm import ConversationFormat, check_text
 from .tokenization_conversation import ConversationTokenizer, Vocabulary, take_extra_tokens
+from .tokenization_plain import FURTHER_ARGUMENTS, are_texts
 
 
 # Image tokens before the text of ChatGLM-6B's first vocabulary (150528 ids), whose files do not say how many there are.
@@ -195,23 +196,59 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
 
     def _encode_plus(
         self,
-        *args: Any,
+        text: Any,
+        text_pair: Any = None,
+        add_special_tokens: bool = True,
         padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
         return_tensors: str | None = None,
         return_attention_mask: bool | None = None,
         **kwargs: Any,
     ) -> BatchEncoding:
         # A private hook (Transformers 5.17 to 5.23), because the public call is too late to leave out a default mask.
         # The mask grows with the square of a text's length, so lists without padding come without it, as published.
+        is_padded = padding_strategy != PaddingStrategy.DO_NOT_PAD
         if return_attention_mask is None:
-            return_attention_mask = return_tensors is not None or padding_strategy != PaddingStrategy.DO_NOT_PAD
-        return super()._encode_plus(
-            *args,
-            padding_strategy=padding_strategy,
-            return_tensors=return_tensors,
-            return_attention_mask=return_attention_mask,
-            **kwargs,
-        )
+            return_attention_mask = return_tensors is not None or is_padded
+        texts = [text] if isinstance(text, str) else text
+        is_whole = text_pair is None and truncation_strategy == TruncationStrategy.DO_NOT_TRUNCATE
+        if not is_whole or any(kwargs.get(name) for name in FURTHER_ARGUMENTS) or not are_texts(texts):
+            return super()._encode_plus(
+                text,
+                text_pair,
+                add_special_tokens=add_special_tokens,
+                padding_strategy=padding_strategy,
+                truncation_strategy=truncation_strategy,
+                return_tensors=return_tensors,
+                return_attention_mask=return_attention_mask,
+                **kwargs,
+            )
+        closing = self.build_inputs_with_special_tokens([]) if add_special_tokens else []
+        rows = [ids + closing for ids in self._ids_of_texts(texts, kwargs.get("split_special_tokens"))]
+        for row in rows:
+            self._eventual_warn_about_too_long_sequence(row, kwargs.get("max_length"), kwargs.get("verbose", True))
+        columns: dict[str, Any] = {"input_ids": rows}
+        if is_padded or return_attention_mask:
+            options = {name: kwargs.get(name) for name in ("max_length", "pad_to_multiple_of", "padding_side")}
+            columns = dict(
+                self.pad(columns, padding=padding_strategy, return_attention_mask=return_attention_mask, **options)
+            )
+        if isinstance(text, str) and return_tensors is None:
+            return BatchEncoding({name: values[0] for name, values in columns.items()})
+        return BatchEncoding(columns, tensor_type=return_tensors)
+
+    def _ids_of_texts(self, texts: Sequence[str], is_split: bool | None) -> list[list[int]]:
+        is_split = self.split_special_tokens if is_split is None else is_split
+        tokens = self._added_tokens_encoder
+        has_own_ids = max(tokens.values()) >= self.vocab_size
+        # Few texts have a token in them; the library looks for one at every character.
+        is_plain = [not has_own_ids and (is_split or not any(token in text for token in tokens)) for text in texts]
+        plain_texts = [self._preprocess(text) for text, plain in zip(texts, is_plain) if plain]
+        ids = iter(self.sp_tokenizer.encode_batch(plain_texts))
+        return [
+            next(ids) if plain else self.convert_tokens_to_ids(self.tokenize(text, split_special_tokens=is_split))
+            for text, plain in zip(texts, is_plain)
+        ]
 
     def _pad(
         self,
@@ -317,7 +354,7 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
         """Join pieces into the text they stand for."""
         return self.sp_tokenizer.decode_tokens(tokens)
 
-    def _message_encoding(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def _message_ids(self, text: str) -> list[int]:
         words = [token.content for token in self.added_tokens_decoder.values() if not token.special]
         words.sort(key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, words))})", text) if words else [text]
@@ -327,7 +364,11 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
                 ids.append(self._added_tokens_encoder[part])
             else:
                 ids += self.sp_tokenizer.encode(self._preprocess(part))
+        return ids
+
+    def _message_encoding(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         # Answers are segments of their own, so nobody asks where in the text an id comes from.
+        ids = self._message_ids(text)
         return ids, [(0, 0)] * len(ids)
 
     def _decode_ids(
@@ -396,7 +437,9 @@ class SPTokenizer:
     @cached_property
     def vocab(self) -> dict[str, int]:
         """All tokens and their ids."""
-        return {self[index]: index for index in range(self.num_tokens)}
+        pieces = self.text_tokenizer.id_to_piece(list(range(self.text_tokenizer.get_piece_size())))
+        tokens = [f"<image_{index}>" for index in range(self.num_image_tokens)] + pieces
+        return {token: index for index, token in enumerate(tokens)}
 
     def __len__(self) -> int:
         return self.num_tokens
@@ -420,7 +463,16 @@ class SPTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
-        return [self.num_image_tokens + index for index in self.text_tokenizer.encode(self._rewrite(text))]
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of several texts, without special tokens."""
+        rewritten = [self._rewrite(text) for text in texts]
+        # A batch starts threads, which one text does not need.
+        encode = self.text_tokenizer.encode
+        rows: list[list[int]] = encode(rewritten) if len(texts) > 1 else [encode(text) for text in rewritten]
+        first = self.num_image_tokens
+        return [[first + index for index in row] for row in rows] if first else rows
 
     def decode(self, text_ids: Sequence[int]) -> str:
         """The text of ids."""

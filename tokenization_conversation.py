@@ -478,11 +478,18 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
     ) -> tuple[list[int], list[int]]:
         ids: list[int] = []
         mask: list[int] = []
-        for segment, (segment_ids, spans) in zip(segments, self._encodings(segments, chat_format)):
+        special_ids = self._special_ids(chat_format)
+        for segment in segments:
+            if segment.answer_spans:
+                segment_ids, spans = self._message_encoding(segment.text)
+                mask += [
+                    int(segment.is_answer or any(start < last and end > first for first, last in segment.answer_spans))
+                    for start, end in spans
+                ]
+            else:
+                segment_ids = [special_ids[segment.text]] if segment.is_special else self._message_ids(segment.text)
+                mask += [int(segment.is_answer)] * len(segment_ids)
             ids += segment_ids
-            for start, end in spans:
-                is_inside = any(start < last and end > first for first, last in segment.answer_spans)
-                mask.append(int(segment.is_answer or is_inside))
         return ids, mask
 
     def _encodings(
@@ -612,8 +619,12 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         """The ids of all special tokens that segments may name."""
         raise NotImplementedError
 
+    def _message_ids(self, text: str) -> list[int]:
+        """The ids of a text in which no control token is read."""
+        raise NotImplementedError
+
     def _message_encoding(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of a text in which no control token is read, and where in the text they come from."""
+        """The same, and where in the text they come from."""
         raise NotImplementedError
 
     def _decode_ids(

@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 from transformers.tokenization_utils_base import BatchEncoding, PaddingStrategy, TruncationStrategy
 
 from .tokenization_conversation import ConversationTokenizer
+from .tokenization_plain import KnownTokens, TextsEncoder
 
 
 # A text and the second one of a pair, as ids.
@@ -39,15 +40,19 @@ IdsPair = tuple[list[int], list[int] | None]
 class DerivedState:
     """Holds what is made when it is needed, outside `__dict__`, which pickles, copies and fingerprints are taken of."""
 
-    __slots__ = ("_message_tokenizer", "_sentencepiece_model")
+    __slots__ = ("_message_tokenizer", "_sentencepiece_model", "_texts_encoder", "_known_tokens")
 
     _message_tokenizer: Tokenizer | None
+    _texts_encoder: TextsEncoder | None
+    _known_tokens: KnownTokens
     _sentencepiece_model: SentencePieceProcessor | None
 
     def forget_derived_state(self) -> None:
         """Make everything anew when it is needed next."""
         self._message_tokenizer = None
         self._sentencepiece_model = None
+        self._texts_encoder = None
+        self._known_tokens = {}
 
 
 class PublishedCalls(DerivedState, ConversationTokenizer):
@@ -55,8 +60,8 @@ class PublishedCalls(DerivedState, ConversationTokenizer):
 
     def get_prefix_tokens(self) -> list[int]:
         """The ids of `[gMASK] sop`, which open every text."""
-        special_ids = self._special_ids(self.chat_format)
-        return [special_ids[token] for token in self.chat_format.opening_tokens]
+        ids: list[int] = self.convert_tokens_to_ids(list(self.chat_format.opening_tokens))
+        return ids
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -206,11 +211,13 @@ class SentencePieceView(InnerTokenizer):
         """The SentencePiece model of the checkpoint's `tokenizer.model`, read when it is first asked for."""
         owner = self._owner
         if owner._sentencepiece_model is None:
+            # A tokenizer that was made from tokenizer.json has no such attribute.
+            vocab_file = getattr(owner, "vocab_file", None)
             try:
-                owner._sentencepiece_model = SentencePieceProcessor(model_file=str(owner.vocab_file))
+                owner._sentencepiece_model = SentencePieceProcessor(model_file=str(vocab_file))
             except (RuntimeError, OSError) as error:
                 raise ValueError(
-                    f"`sp_model` is read from `tokenizer.model`, and {owner.vocab_file} is no such file. Copy it from "
+                    f"`sp_model` is read from `tokenizer.model`, and {vocab_file} is no such file. Copy it from "
                     "the published checkpoint into the folder the tokenizer is loaded from."
                 ) from error
         return owner._sentencepiece_model

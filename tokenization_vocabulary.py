@@ -21,9 +21,12 @@ What is unusual here:
   merge for each of its splits into two tokens, in the order of the published ranks.
 """
 
-import base64
+import re
+from binascii import a2b_base64
 from collections.abc import Container, Iterable, Mapping, Sequence
+from json import JSONDecodeError, JSONDecoder
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -41,6 +44,10 @@ PRINTABLE_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 OTHER_BYTES = [byte for byte in range(0x100) if byte not in PRINTABLE_BYTES]
 CHARACTER_OF_BYTE = {byte: byte for byte in PRINTABLE_BYTES} | {byte: 0x100 + i for i, byte in enumerate(OTHER_BYTES)}
 BYTE_OF_CHARACTER = {character: byte for byte, character in CHARACTER_OF_BYTE.items()}
+
+# How `tokenizer.json` begins: what stands before the added tokens is short, and the vocabulary comes behind them.
+ADDED_TOKENS = re.compile(r'\s*\{\s*"version":.{,9999}?"added_tokens":\s*(?=\[)', re.DOTALL)
+READ_CHARACTERS = 1 << 16
 
 
 def list_merges(tokens: Iterable[str], known: Container[str]) -> list[tuple[str, str]]:
@@ -98,7 +105,7 @@ def bpe_from_ranks(
     try:
         words = Path(vocab_file).read_bytes().split()
         lines = list(zip(words[0::2], words[1::2], strict=True))
-        ranks = {base64.b64decode(string, validate=True): int(rank) for string, rank in lines}
+        ranks = {a2b_base64(string, strict_mode=True): int(rank) for string, rank in lines}
     except ValueError as error:
         raise ValueError(f"{vocab_file} is not the vocabulary of GLM-4, a list of ranked strings: {error}") from error
     if sorted(ranks.values()) != list(range(len(lines))):
@@ -107,6 +114,25 @@ def bpe_from_ranks(
     merges = list_merges(sorted(tokens, key=tokens.__getitem__), tokens)
     vocab = tokens | {token: len(tokens) + index for index, token in enumerate(control_tokens)}
     return BPE({**(more_tokens or {}), **vocab}, merges, ignore_merges=True)
+
+
+def read_added_tokens(tokenizer_file: Path) -> dict[int, dict[str, Any]] | None:
+    """The added tokens of a `tokenizer.json` by their ids, without its vocabulary, which takes most of a load to read.
+
+    Returns:
+        The settings of each token as they stand there; None where the file does not begin as Rust writes it.
+    """
+    with tokenizer_file.open(encoding="utf-8") as file:
+        head = file.read(READ_CHARACTERS)
+        start = ADDED_TOKENS.match(head)
+        while start is not None:
+            try:
+                tokens, _ = JSONDecoder().raw_decode(head, start.end())
+                return {token.pop("id"): token for token in tokens}
+            except JSONDecodeError:
+                more = file.read(len(head))
+                start, head = start if more else None, head + more
+    return None
 
 
 def sentencepiece_tokenizer(model: BPE) -> Tokenizer:
@@ -138,5 +164,6 @@ __all__ = [
     "bpe_from_ranks",
     "bpe_from_sentencepiece",
     "ranks_tokenizer",
+    "read_added_tokens",
     "sentencepiece_tokenizer",
 ]

@@ -75,13 +75,15 @@ ARROWS: dict[str, set[str]] = {
         "conversation_chatglm",
         "tokenization_chatglm_6b",
         "tokenization_conversation",
+        "tokenization_plain",
         "tokenization_published",
         "tokenization_vocabulary",
     },
-    "tokenization_chatglm_6b": {"conversation_chatglm", "tokenization_conversation"},
+    "tokenization_chatglm_6b": {"conversation_chatglm", "tokenization_conversation", "tokenization_plain"},
     "tokenization_conversation": {"conversation_chatglm", "conversation_rendering"},
     "tokenization_glm": {"tokenization_conversation"},
-    "tokenization_published": {"tokenization_conversation"},
+    "tokenization_plain": {"conversation_chatglm", "tokenization_vocabulary"},
+    "tokenization_published": {"tokenization_conversation", "tokenization_plain"},
     "tokenization_vocabulary": set(),
 }
 

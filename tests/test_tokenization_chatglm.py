@@ -144,7 +144,8 @@ def compare_with_sentencepiece(tokenizer: PreTrainedTokenizerBase, count: int) -
     model = SentencePieceProcessor(model_file=tokenizer.vocab_file)
     pieces = [model.id_to_piece(index) for index in range(259, model.get_piece_size())]
     strings = list(texts(count, [piece.replace("▁", " ") for piece in pieces] + pieces[:200]))
-    ids = tokenizer(strings, add_special_tokens=False)["input_ids"]
+    # Not `input_ids`, for which SentencePiece itself may be asked.
+    ids = [encoding.ids for encoding in tokenizer(strings, add_special_tokens=False).encodings]
     assert len(set(strings)) > 0.85 * count
     differing = [
         text for text, ours, theirs in zip(strings, ids, model.encode(strings), strict=True) if ours != theirs
