@@ -44,11 +44,12 @@ from transformers.utils import cached_file, logging
 from .configuration_chatglm import infer_model_version
 from .conversation_chatglm import ConversationFormat, check_text
 from .tokenization_chatglm_6b import ChatGLM6BTokenizer
-from .tokenization_conversation import Vocabulary, is_possible_id, take_extra_tokens
-from .tokenization_plain import PlainTexts, RustEncoder, SentencePieceEncoder, TextsEncoder, WordEncoder
+from .tokenization_conversation import is_possible_id, take_extra_tokens
+from .tokenization_plain import KnownTokens, PlainTexts, RustEncoder, SentencePieceEncoder, TextsEncoder, WordEncoder
 from .tokenization_published import PublishedCalls, RanksView, SentencePieceView, ready_ids
 from .tokenization_vocabulary import (
     BYTE_OF_CHARACTER,
+    Vocabulary,
     bpe_from_ranks,
     bpe_from_sentencepiece,
     ranks_tokenizer,
@@ -87,6 +88,7 @@ class ChatGLMTokenizersBackend(PublishedCalls, PlainTexts, TokenizersBackend):
     padding_side = "left"
     extra_special_tokens: list[str]
     _message_tokenizer: Tokenizer | None
+    _known_tokens: KnownTokens
 
     def __init__(
         self,

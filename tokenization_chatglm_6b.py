@@ -37,8 +37,9 @@ from transformers.tokenization_python import PythonBackend
 from transformers.tokenization_utils_base import BatchEncoding, PaddingStrategy, TruncationStrategy
 
 from .conversation_chatglm import ConversationFormat, check_text
-from .tokenization_conversation import ConversationTokenizer, Vocabulary, take_extra_tokens
+from .tokenization_conversation import ConversationTokenizer, take_extra_tokens
 from .tokenization_plain import FURTHER_ARGUMENTS, are_texts
+from .tokenization_vocabulary import Vocabulary
 
 
 # Image tokens before the text of ChatGLM-6B's first vocabulary (150528 ids), whose files do not say how many there are.

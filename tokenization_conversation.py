@@ -25,7 +25,6 @@ What is unusual here:
 
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from transformers.utils import get_json_schema, logging, to_py_obj
 
 from .conversation_chatglm import CONVERSATION_FORMATS, ConversationFormat, Message, Segment, conversation_format
 from .conversation_rendering import Piece, leave_answer_open, read_rendered, spans_in_rendered
+from .tokenization_vocabulary import Vocabulary
 
 
 logger = logging.get_logger(__name__)
@@ -44,27 +44,6 @@ LAST_ID = 2**32 - 1
 
 # What `save_pretrained(push_to_hub=True)` is told about the repository.
 UPLOAD_ARGUMENTS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Vocabulary:
-    """What a generation adds to its vocabulary file.
-
-    Attributes:
-        control_tokens: in the order of their ids. ChatGLM-6B's are pieces of the file; those of the others follow it.
-        named_tokens: the library's named special tokens.
-        pair_token: what closes the second text of a pair.
-        silent_tokens: what gives no text when it is decoded, even where special tokens are not skipped.
-        trainer_tokens: the control tokens that `encode_special_tokens=True` reads in a text.
-        command_aliases: further names that `get_command` knows.
-    """
-
-    control_tokens: tuple[str, ...]
-    named_tokens: Mapping[str, str]
-    pair_token: str
-    silent_tokens: tuple[str, ...] = ()
-    trainer_tokens: tuple[str, ...] = ()
-    command_aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 class ConversationTokenizer(PreTrainedTokenizerBase):
@@ -702,4 +681,4 @@ def take_extra_tokens(kwargs: dict[str, Any]) -> list[str]:
     return [token["content"] if isinstance(token, dict) else str(token) for token in saved]
 
 
-__all__ = ["ConversationTokenizer", "Vocabulary", "take_extra_tokens", "is_possible_id"]
+__all__ = ["ConversationTokenizer", "take_extra_tokens", "is_possible_id"]

@@ -179,7 +179,7 @@ class WordEncoder(RustEncoder):
 class TokenInText(NamedTuple):
     """An added token: its id, whether it is special, and whether it takes itself from a text, anywhere, and no more."""
 
-    index: int
+    token_id: int
     special: bool
     is_taken_as_it_is: bool
 
@@ -287,7 +287,7 @@ class PlainTexts(PreTrainedTokenizerBase):
         for parts in split:
             row = next(ids)
             for token in parts[1::2]:
-                row = [*row, searched[token].index, *next(ids)]
+                row = [*row, searched[token].token_id, *next(ids)]
             rows.append(row)
         return rows
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A checkpoint's `tokenizer.model`, read into the Rust backend.
+"""A checkpoint's `tokenizer.model`, read into the Rust backend, and what a generation adds to it.
 
 What is unusual here:
 
@@ -24,6 +24,7 @@ What is unusual here:
 import re
 from binascii import a2b_base64
 from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from json import JSONDecodeError, JSONDecoder
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,27 @@ BYTE_OF_CHARACTER = {character: byte for byte, character in CHARACTER_OF_BYTE.it
 # How `tokenizer.json` begins: what stands before the added tokens is short, and the vocabulary comes behind them.
 ADDED_TOKENS = re.compile(r'\s*\{\s*"version":.{,9999}?"added_tokens":\s*(?=\[)', re.DOTALL)
 READ_CHARACTERS = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What a generation adds to its vocabulary file.
+
+    Attributes:
+        control_tokens: in the order of their ids. ChatGLM-6B's are pieces of the file; those of the others follow it.
+        named_tokens: the library's named special tokens.
+        pair_token: what closes the second text of a pair.
+        silent_tokens: what gives no text when it is decoded, even where special tokens are not skipped.
+        trainer_tokens: the control tokens that `encode_special_tokens=True` reads in a text.
+        command_aliases: further names that `get_command` knows.
+    """
+
+    control_tokens: tuple[str, ...]
+    named_tokens: Mapping[str, str]
+    pair_token: str
+    silent_tokens: tuple[str, ...] = ()
+    trainer_tokens: tuple[str, ...] = ()
+    command_aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 def list_merges(tokens: Iterable[str], known: Container[str]) -> list[tuple[str, str]]:
@@ -160,6 +182,7 @@ def ranks_tokenizer(model: BPE) -> Tokenizer:
 
 
 __all__ = [
+    "Vocabulary",
     "BYTE_OF_CHARACTER",
     "bpe_from_ranks",
     "bpe_from_sentencepiece",

@@ -82,6 +82,13 @@ ARROWS: dict[str, set[str]] = {
     "tokenization_chatglm_6b": {"conversation_chatglm", "tokenization_conversation", "tokenization_plain"},
     "tokenization_conversation": {"conversation_chatglm", "conversation_rendering"},
     "tokenization_glm": {"tokenization_conversation"},
+    "tokenization_chatglm_6b": {
+        "conversation_chatglm",
+        "tokenization_conversation",
+        "tokenization_plain",
+        "tokenization_vocabulary",
+    },
+    "tokenization_conversation": {"conversation_chatglm", "conversation_rendering", "tokenization_vocabulary"},
     "tokenization_plain": {"conversation_chatglm", "tokenization_vocabulary"},
     "tokenization_published": {"tokenization_conversation", "tokenization_plain"},
     "tokenization_vocabulary": set(),
