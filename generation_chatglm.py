@@ -440,14 +440,18 @@ class ChatGLMGenerationMixin(GenerationMixin):
         self, tokenizer: PreTrainedTokenizerBase, turn: Turn, outputs: Generator[Any, None, None], returns_cache: bool
     ) -> Generator[tuple[Any, ...], None, None]:
         """Yield an answer for each output, `[1, prompt + answer]`, and keep the books of the cache."""
-        cache, answer, new_ids = turn.written_cache, None, []
+        cache, answer, new_ids = turn.written_cache, None, list[int]()
+        growing, text, is_stopped = tokenizer.growing_text(self.chat_format), "", False
+        stop_ids = set(turn.settings["eos_token_id"] or ())
         is_continued = not self._is_assisted(turn.settings)
         with nullcontext() if cache is None else cache.turn(self, turn.prompt_ids, is_continued):
             try:
                 with closing(outputs):
                     for output_ids in outputs:
-                        new_ids = output_ids[0, len(turn.prompt_ids) :].tolist()
-                        text = self._decode(tokenizer, new_ids, turn.settings["eos_token_id"])
+                        for token_id in output_ids[0, len(turn.prompt_ids) + len(new_ids) :].tolist():
+                            new_ids.append(token_id)
+                            is_stopped = is_stopped or token_id in stop_ids
+                            text = text if is_stopped else growing.add(token_id)
                         answer = (*self._read(text, turn.messages), *([turn.cache] if returns_cache else []))
                         # Half a character shows as U+FFFD until its last byte arrives.
                         if text and not text.endswith("\ufffd"):

@@ -31,6 +31,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,15 @@ class ChatGLMTokenizersBackend(PublishedCalls, PlainTexts, TokenizersBackend):
             silent_ids += [*control_ids.values(), *self.all_special_ids]
         return texts | dict.fromkeys(silent_ids, "")
 
+    def _text_decoder(
+        self, skip_special_tokens: bool | None, chat_format: ConversationFormat, **kwargs: Any
+    ) -> Callable[[Sequence[int]], str]:
+        return partial(self._decode_ids, self._special_texts(skip_special_tokens, chat_format))
+
+    def _decode_ids(self, special_texts: Mapping[int, str], token_ids: Sequence[int]) -> str:
+        """The text of ids, of which some have a text of their own."""
+        raise NotImplementedError
+
 
 class ChatGLMTokenizer(ChatGLMTokenizersBackend):
     """
@@ -442,14 +452,7 @@ class ChatGLMTokenizer(ChatGLMTokenizersBackend):
     def _rust_tokenizer(model: BPE) -> Tokenizer:
         return sentencepiece_tokenizer(model)
 
-    def _decode_ids(
-        self,
-        token_ids: Sequence[int],
-        skip_special_tokens: bool | None,
-        chat_format: ConversationFormat,
-        **kwargs: Any,
-    ) -> str:
-        special_texts = self._special_texts(skip_special_tokens, chat_format)
+    def _decode_ids(self, special_texts: Mapping[int, str], token_ids: Sequence[int]) -> str:
         chunks: list[bytes] = []
         for index in token_ids:
             text = special_texts.get(index)
@@ -549,14 +552,7 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
     def _rust_tokenizer(model: BPE) -> Tokenizer:
         return ranks_tokenizer(model)
 
-    def _decode_ids(
-        self,
-        token_ids: Sequence[int],
-        skip_special_tokens: bool | None,
-        chat_format: ConversationFormat,
-        **kwargs: Any,
-    ) -> str:
-        special_texts = self._special_texts(skip_special_tokens, chat_format)
+    def _decode_ids(self, special_texts: Mapping[int, str], token_ids: Sequence[int]) -> str:
         chunks: list[bytes] = []
         for index in token_ids:
             text = special_texts.get(index)

@@ -25,8 +25,8 @@ What is unusual here:
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -372,16 +372,24 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
         ids = self._message_ids(text)
         return ids, [(0, 0)] * len(ids)
 
-    def _decode_ids(
+    def _text_decoder(
         self,
-        token_ids: Sequence[int],
         skip_special_tokens: bool | None,
         chat_format: ConversationFormat,
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
+    ) -> Callable[[Sequence[int]], str]:
+        is_clean = clean_up_tokenization_spaces
+        return partial(
+            self._decode_ids,
+            set(self.all_special_ids) if skip_special_tokens else set(),
+            self._special_names() if skip_special_tokens is False else {},
+            self.clean_up_tokenization_spaces if is_clean is None else is_clean,
+        )
+
+    def _decode_ids(
+        self, skipped: Collection[int], names: Mapping[int, str], is_clean: bool, token_ids: Sequence[int]
     ) -> str:
-        skipped = set(self.all_special_ids) if skip_special_tokens else set()
-        names = self._special_names() if skip_special_tokens is False else {}
         text = ""
         run: list[int] = []
         for index in token_ids:
@@ -394,10 +402,17 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
                 text += self.sp_tokenizer.decode(run) + self._added_tokens_decoder[index].content
                 run = []
         text += self.sp_tokenizer.decode(run)
-        is_clean = (
-            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
-        )
         return self.clean_up_tokenization(text) if is_clean else text
+
+    def _is_settled(self, text: str, last_id: int, next_id: int) -> bool:
+        # What is rewritten in a decoded text (pieces for white space, spaces that are cleaned up) is ASCII, begins with
+        # a space or `<`, and ends before a space. Other characters, and words that a space follows, stay as they are.
+        last, following = self.sp_tokenizer.plain_piece(last_id), self.sp_tokenizer.plain_piece(next_id)
+        if last == "<n>" or not last[-1:].isascii():
+            return last[-1:] != "▁"
+        is_word = following[:1] == "▁" and following[1:2].isalnum()
+        is_rewritten = following[:1].isascii() or following[:1] == "▁"
+        return last[-1:].isalnum() and (is_word or not is_rewritten)
 
 
 class SPTokenizer:
@@ -457,6 +472,14 @@ class SPTokenizer:
         if 0 <= key < self.num_tokens:
             return self.text_tokenizer.id_to_piece(key - self.num_image_tokens)
         return ""
+
+    def plain_piece(self, token_id: int) -> str:
+        """The piece of an id that stands for nothing but its characters, `""` for any other id."""
+        index, model = token_id - self.num_image_tokens, self.text_tokenizer
+        if not 0 <= index < model.get_piece_size():
+            return ""
+        is_other = model.is_control(index) or model.is_unknown(index) or model.is_byte(index) or model.is_unused(index)
+        return "" if is_other else str(model.id_to_piece(index))
 
     def tokenize(self, text: str) -> list[str]:
         """Cut a text into pieces."""

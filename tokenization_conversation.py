@@ -34,6 +34,7 @@ from transformers.utils import get_json_schema, logging, to_py_obj
 
 from .conversation_chatglm import CONVERSATION_FORMATS, ConversationFormat, Message, Segment, conversation_format
 from .conversation_rendering import Piece, leave_answer_open, read_rendered, spans_in_rendered
+from .tokenization_streaming import GrowingText
 from .tokenization_vocabulary import Vocabulary
 
 
@@ -536,9 +537,20 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         chat_format = self._known_format(chat_format)
         given = checked_ids(token_ids)
         ids = given if isinstance(given, list) else [given]
+        decode = self._text_decoder(skip_special_tokens, chat_format, **kwargs)
         if ids and isinstance(ids[0], list):
-            return [self._decode_ids(row, skip_special_tokens, chat_format, **kwargs) for row in ids]
-        return self._decode_ids(ids, skip_special_tokens, chat_format, **kwargs)
+            return [decode(row) for row in ids]
+        return decode(ids)
+
+    def growing_text(self, chat_format: ConversationFormat | None = None) -> GrowingText:
+        """Decode ids that come one after another: `add(token_id)` gives what `decode` makes of all of them so far."""
+        chat_format = self._known_format(chat_format)
+        return GrowingText(self._text_decoder(None, chat_format), self._is_settled)
+
+    def _is_settled(self, text: str, last_id: int, next_id: int) -> bool:
+        """Whether a text that ends with the token `last_id` stays as it is when `next_id` follows."""
+        # Bytes that are no character yet are U+FFFD.
+        return bool(text) and not text.endswith("\ufffd")
 
     def batch_decode(
         self,
@@ -606,13 +618,10 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
         """The same, and where in the text they come from."""
         raise NotImplementedError
 
-    def _decode_ids(
-        self,
-        token_ids: Sequence[int],
-        skip_special_tokens: bool | None,
-        chat_format: ConversationFormat,
-        **kwargs: Any,
-    ) -> str:
+    def _text_decoder(
+        self, skip_special_tokens: bool | None, chat_format: ConversationFormat, **kwargs: Any
+    ) -> Callable[[Sequence[int]], str]:
+        """What gives the text of a sequence of ids; see `decode`."""
         raise NotImplementedError
 
     def _save_published_files(self, save_directory: str | Path, filename_prefix: str | None) -> tuple[str, ...]:

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Streams take their arguments when they are called, and end with the program."""
 
+import random
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+from generations import GENERATION_CASES
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -94,6 +96,45 @@ def test_a_second_interruption_waits_for_the_thread(pair: Pair, monkeypatch: pyt
     stream.close()
     assert len(joins) == 2
     assert threading.active_count() == before
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("name", GENERATION_CASES)
+def test_a_growing_text_is_what_decode_gives(case_tokenizer: Callable[[str], Any], name: str) -> None:
+    tokenizer = case_tokenizer(name)
+    generator = random.Random(0)
+    texts = ["你好，世界。", " a dog ' s n't 5 ' ' x", "<n>\n\t    <|blank_5|> .", "é😀 😀ſ", "it 's <|tab|> fine . "]
+    words = [token_id for text in texts for token_id in tokenizer.encode(text, add_special_tokens=False)]
+    for size in (tokenizer.vocab_size + 3, len(words)):
+        for _ in range(30):
+            ids = [generator.randrange(tokenizer.vocab_size + 3) for _ in range(8)]
+            ids += [words[generator.randrange(size) % len(words)] for _ in range(30)]
+            generator.shuffle(ids) if generator.random() < 0.5 else None
+            growing = tokenizer.growing_text()
+            grown = [growing.add(token_id) for token_id in ids]
+            assert grown == [tokenizer.decode(ids[: index + 1]) for index in range(len(ids))]
+
+
+@pytest.mark.parametrize("name", GENERATION_CASES)
+def test_a_long_answer_costs_no_more_for_every_token(
+    case_tokenizer: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    tokenizer = case_tokenizer(name)
+    ids = tokenizer.encode("你好，世界。 A dog barks 😀.\n" * 200, add_special_tokens=False)[:2000]
+    decode_ids, counts = type(tokenizer)._decode_ids, []
+
+    def count(self: PreTrainedTokenizerBase, *args: Any) -> str:
+        counts[-1] += len(args[-1])
+        return decode_ids(self, *args)
+
+    monkeypatch.setattr(type(tokenizer), "_decode_ids", count)
+    growing = tokenizer.growing_text()
+    for token_id in ids:
+        counts.append(0)
+        text = growing.add(token_id)
+    assert max(counts) < 60
+    assert sum(counts[-500:]) <= sum(counts[:500]) + 500
+    assert text == tokenizer.decode(ids)
 
 
 PROGRAM = """

@@ -79,18 +79,22 @@ ARROWS: dict[str, set[str]] = {
         "tokenization_published",
         "tokenization_vocabulary",
     },
-    "tokenization_chatglm_6b": {"conversation_chatglm", "tokenization_conversation", "tokenization_plain"},
-    "tokenization_conversation": {"conversation_chatglm", "conversation_rendering"},
-    "tokenization_glm": {"tokenization_conversation"},
     "tokenization_chatglm_6b": {
         "conversation_chatglm",
         "tokenization_conversation",
         "tokenization_plain",
         "tokenization_vocabulary",
     },
-    "tokenization_conversation": {"conversation_chatglm", "conversation_rendering", "tokenization_vocabulary"},
+    "tokenization_conversation": {
+        "conversation_chatglm",
+        "conversation_rendering",
+        "tokenization_streaming",
+        "tokenization_vocabulary",
+    },
+    "tokenization_glm": {"tokenization_conversation"},
     "tokenization_plain": {"conversation_chatglm", "tokenization_vocabulary"},
     "tokenization_published": {"tokenization_conversation", "tokenization_plain"},
+    "tokenization_streaming": set(),
     "tokenization_vocabulary": set(),
 }
 
