@@ -1,0 +1,438 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The web page: what is on it, and what happens when a visitor does something.
+
+What is unusual here:
+
+- Every visitor has a session of Gradio's with a conversation in it; nothing is shared but the model. So many answers
+  as the page allows are written at the same time, and the other questions wait in a queue.
+- Old conversations are kept in the visitor's browser (`localStorage`) and nowhere else. They are read from there right
+  before they are changed and written right behind, so that two windows do not overwrite each other's.
+- The words are set anew when the language changes: `Page.words` lists each component with the word it shows.
+- `OwnHostOnly` tells the browser to ask no other host for anything, whatever a model writes (a picture, a script).
+"""
+
+import html
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from . import web_conversation as conversations
+from .web_answers import Function, LoadingModel, Settings, answer
+from .web_conversation import Conversation
+from .web_texts import TEXTS, pick_language
+
+
+MAX_MESSAGE_LENGTH = 20_000
+MAX_WAITING = 64
+LATEX = [
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": "\\[", "right": "\\]", "display": True},
+    {"left": "\\(", "right": "\\)", "display": False},
+    {"left": "$", "right": "$", "display": False},
+]
+# Fonts that are on the visitor's machine: none is fetched.
+FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
+MONO_FONTS = ("ui-monospace", "Consolas", "Menlo", "DejaVu Sans Mono", "Noto Sans Mono CJK SC", "monospace")
+
+KEY = "chatglm-web-demo"
+# `saved` is the first input of every event that needs the old conversations.
+READ_SAVED = f"(saved, ...others) => [JSON.parse(localStorage.getItem('{KEY}') ?? '[]'), ...others]"
+WRITE_SAVED = f"(saved) => localStorage.setItem('{KEY}', JSON.stringify(saved))"
+ON_LOAD = f"""() => {{
+  const theme = localStorage.getItem('{KEY}-theme');
+  if (theme) document.body.classList.toggle('dark', theme === 'dark');
+  document.querySelector('#theme').ariaLabel = 'Light / dark, 浅色 / 深色';
+  const saved = JSON.parse(localStorage.getItem('{KEY}') ?? '[]');
+  return [saved, localStorage.getItem('{KEY}-language') ?? navigator.language, innerWidth >= 1000];
+}}"""
+WRITE_LANGUAGE = f"(language) => localStorage.setItem('{KEY}-language', language)"
+SWITCH_THEME = f"""() => {{
+  const is_dark = document.body.classList.toggle('dark');
+  localStorage.setItem('{KEY}-theme', is_dark ? 'dark' : 'light');
+}}"""
+# Of events that take no time: they wait for nobody, and only the page may call them.
+QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# One conversation in a line of the list, with an ellipsis where its title does not fit.
+CSS = """
+#chats .wrap { flex-direction: column; gap: 2px; max-height: 40vh; overflow-y: auto; flex-wrap: nowrap; }
+#chats label { width: 100%; overflow: hidden; box-shadow: none; flex-shrink: 0; }
+#chats label span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#chats label input { display: none; }
+#chats label.selected { background: var(--color-accent-soft); }
+#theme { font-size: var(--text-xl); padding: 0; }
+#name h2 { overflow-wrap: anywhere; }
+#top { align-items: center; }
+#progress progress { width: 100%; height: 12px; display: block; }
+#progress .error { color: var(--error-text-color); }
+@media (max-width: 768px) { #top { padding-left: 28px; } #name h2 { font-size: var(--text-lg); } }
+"""
+
+
+class OwnHostOnly:
+    """Middleware that forbids the browser to ask any other host than the one the page comes from."""
+
+    POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = self.POLICY
+                headers["Referrer-Policy"] = "no-referrer"
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+@dataclass(frozen=True)
+class PageSettings:
+    """What the page offers.
+
+    Attributes:
+        name: the model's, above the conversation.
+        max_length: what the slider may reach, and where it stands at first, in tokens.
+        generation: where the sliders for `temperature` and `top_p` stand at first.
+        functions: tools that run by themselves, by name; `None` for a model that knows no tools.
+        concurrency: how many answers are written at the same time.
+    """
+
+    name: str
+    max_length: tuple[int, int]
+    generation: Mapping[str, float]
+    functions: Mapping[str, Function] | None
+    concurrency: int = 2
+
+
+@dataclass
+class Page:
+    """The page under construction: its components and events."""
+
+    settings: PageSettings
+    loading: LoadingModel
+    words: list[tuple[gr.blocks.Block, str, str]] = field(default_factory=list)
+
+    def build(self) -> gr.Blocks:
+        """Make the page."""
+        with gr.Blocks(title=self.settings.name, analytics_enabled=False, fill_height=True) as blocks:
+            # A component, not a `gr.State`: the browser remembers it.
+            self.language = gr.Textbox("en", visible=False)
+            self.conversation = gr.State(conversations.new_conversation)
+            self.saved = gr.JSON([], visible=False)
+            self.is_wide = gr.Checkbox(visible=False)
+            self.add_sidebar()
+            self.add_chat()
+            self.add_answers()
+            self.add_commands()
+            self.add_start(blocks)
+        return blocks
+
+    def word(self, component: Any, **properties: str) -> Any:
+        """Note the words that a component shows: `label="settings"` is `TEXTS[language]["settings"]`."""
+        self.words += [(component, name, key) for name, key in properties.items()]
+        return component
+
+    def add_sidebar(self) -> None:
+        """Old conversations and settings."""
+        texts, settings = TEXTS["en"], self.settings
+        with gr.Sidebar(open=False, elem_id="sidebar") as self.sidebar:
+            self.new_chat = self.word(gr.Button(texts["new_chat"], variant="primary"), value="new_chat")
+            self.chats = self.word(gr.Radio([], label=texts["chats"], elem_id="chats"), label="chats")
+            with self.word(gr.Accordion(texts["settings"], open=False, elem_id="settings"), label="settings"):
+                self.system = self.word(
+                    gr.Textbox(lines=2, max_length=MAX_MESSAGE_LENGTH), label="system", placeholder="system_hint"
+                )
+                most, length = settings.max_length
+                self.max_length = self.word(gr.Slider(min(64, most), most, length, step=1), label="max_length")
+                temperature, top_p = settings.generation["temperature"], settings.generation["top_p"]
+                self.temperature = self.word(gr.Slider(0, 2, temperature, step=0.05), label="temperature")
+                self.top_p = self.word(gr.Slider(0.05, 1, top_p, step=0.05), label="top_p")
+            # CODEPATH: chatglm-6b and chatglm2-6b know no tools.
+            with self.word(
+                gr.Accordion(texts["tools"], open=False, elem_id="tools", visible=settings.functions is not None),
+                label="tools",
+            ):
+                self.functions = self.word(
+                    gr.CheckboxGroup(list(settings.functions or ())), label="functions", info="functions_info"
+                )
+                self.tools = self.word(
+                    gr.Textbox(lines=6, max_lines=12, max_length=MAX_MESSAGE_LENGTH, elem_id="descriptions"),
+                    label="descriptions",
+                    info="descriptions_info",
+                )
+
+    def add_chat(self) -> None:
+        """The conversation, and where the next message is typed."""
+        texts = TEXTS["en"]
+        with gr.Row(elem_id="top"):
+            gr.Markdown(f"## {self.settings.name}", elem_id="name")
+            self.other_language = self.word(
+                gr.Button(texts["other_language"], scale=0, min_width=72, size="sm", elem_id="language"), value="other_language"
+            )
+            self.theme = gr.Button("◐", scale=0, min_width=44, size="sm", elem_id="theme")
+        self.progress = gr.HTML(visible=False, elem_id="progress")
+        self.chatbot = gr.Chatbot(
+            elem_id="chat",
+            show_label=False,
+            scale=1,
+            min_height=200,
+            editable="user",
+            latex_delimiters=LATEX,
+            buttons=["copy", "copy_all"],
+            feedback_options=None,
+            layout="bubble",
+            placeholder=texts["welcome"].format(model=self.settings.name),
+        )
+        self.textbox = gr.Textbox(
+            show_label=False,
+            lines=1,
+            max_lines=8,
+            max_length=MAX_MESSAGE_LENGTH,
+            submit_btn=True,
+            interactive=False,
+            autofocus=True,
+            elem_id="message",
+        )
+
+    def add_answers(self) -> None:
+        """What is answered by the model, and the button that stops it."""
+        question = {"outputs": [self.conversation, self.chatbot, self.textbox], **QUIET}
+        asked = self.textbox.submit(self.ask, [self.conversation, self.language, self.textbox], **question)
+        retried = self.chatbot.retry(self.retry, [self.conversation, self.language], **question)
+        edited = self.chatbot.edit(self.edit, [self.conversation, self.language], **question)
+        self.answers = [self.then_answer(event) for event in (asked, retried, edited)]
+        self.textbox.stop(None, None, None, cancels=self.answers, **QUIET)
+
+    def then_answer(self, event: gr.events.Dependency) -> gr.events.Dependency:
+        """Answer the question of an event, and save the conversation whether the answer was stopped or not."""
+        settings = [self.system, self.max_length, self.temperature, self.top_p, self.functions, self.tools]
+        answered = event.success(
+            self.answer,
+            [self.conversation, self.language, *settings],
+            [self.conversation, self.chatbot],
+            concurrency_limit=self.settings.concurrency,
+            concurrency_id="answers",
+            show_progress="minimal",
+            api_visibility="private",
+        )
+        self.then_save(
+            answered.then(
+                self.finish,
+                [self.saved, self.conversation, self.language],
+                [self.saved, self.chats, self.conversation, self.chatbot, self.textbox],
+                js=READ_SAVED,
+                **QUIET,
+            )
+        )
+        return answered
+
+    def then_save(self, event: gr.events.Dependency) -> None:
+        """Keep the old conversations in the browser after an event that changed them."""
+        event.success(None, [self.saved], None, js=WRITE_SAVED, **QUIET)
+
+    def add_commands(self) -> None:
+        """What goes without the model."""
+        inputs = [self.saved, self.conversation, self.language]
+        outputs = [self.saved, self.chats, self.conversation, self.chatbot, self.textbox]
+        kwargs = {"js": READ_SAVED, "cancels": self.answers, **QUIET}
+        self.then_save(self.chatbot.undo(self.undo, inputs, outputs, **kwargs))
+        self.then_save(self.chatbot.clear(self.clear, inputs, outputs, **kwargs))
+        self.then_save(self.new_chat.click(self.start, inputs, outputs, **kwargs))
+        self.then_save(self.chats.input(self.open, [*inputs, self.chats], outputs, **kwargs))
+        self.other_language.click(
+            lambda language: "en" if language == "zh" else "zh", self.language, self.language, **QUIET
+        ).then(
+            self.show_words,
+            [self.language, self.conversation],
+            [self.chatbot, self.textbox, *self.components_with_words()],
+            **QUIET,
+        ).then(None, self.language, None, js=WRITE_LANGUAGE, **QUIET)
+        self.theme.click(None, None, None, js=SWITCH_THEME, **QUIET)
+
+    def add_start(self, blocks: gr.Blocks) -> None:
+        """What happens when a browser has loaded the page: the old conversations, the language, and the model."""
+        blocks.load(
+            self.restore,
+            [self.saved, self.language, self.is_wide],
+            [self.saved, self.chats, self.conversation, self.language, self.sidebar],
+            js=ON_LOAD,
+            **QUIET,
+        ).then(
+            self.show_words,
+            [self.language, self.conversation],
+            [self.chatbot, self.textbox, *self.components_with_words()],
+            **QUIET,
+        ).then(
+            self.watch_loading,
+            self.language,
+            [self.progress, self.textbox],
+            concurrency_limit=None,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
+    def components_with_words(self) -> list[Any]:
+        """The components of `words`, once each."""
+        return list(dict.fromkeys(component for component, _, _ in self.words))
+
+    # The handlers: what they get are the inputs above, what they return goes to the outputs.
+
+    def show(self, conversation: Conversation, language: str) -> tuple[Any, Any]:
+        """A conversation, and what the box below it asks for."""
+        texts = TEXTS[pick_language(language)]
+        tool = conversations.called_tool(conversation["messages"])
+        return (
+            gr.update(
+                value=conversations.shown(conversation["messages"], texts),
+                placeholder=texts["welcome"].format(model=self.settings.name),
+            ),
+            gr.update(placeholder=texts["result"].format(name=tool) if tool else texts["question"]),
+        )
+
+    def show_words(self, language: str, conversation: Conversation) -> list[Any]:
+        """Everything in another language."""
+        texts = TEXTS[pick_language(language)]
+        updates: dict[Any, dict[str, str]] = {}
+        for component, name, key in self.words:
+            updates.setdefault(component, {})[name] = texts[key]
+        return [*self.show(conversation, language), *(gr.update(**properties) for properties in updates.values())]
+
+    def list_chats(self, saved: list[Conversation], conversation: Conversation) -> Any:
+        """The old conversations by their titles, with the one that is open."""
+        choices = [(conversations.title(chat), chat["id"]) for chat in saved]
+        is_saved = any(chat["id"] == conversation["id"] for chat in saved)
+        return gr.update(choices=choices, value=conversation["id"] if is_saved else None)
+
+    def restore(self, saved: Any, language: str, is_wide: bool) -> tuple[Any, ...]:
+        saved = conversations.read_saved(saved)
+        conversation = saved[0] if saved else conversations.new_conversation()
+        sidebar = gr.update(open=is_wide)
+        return saved, self.list_chats(saved, conversation), conversation, pick_language(language), sidebar
+
+    def watch_loading(self, language: str) -> Iterator[tuple[Any, Any]]:
+        texts = TEXTS[pick_language(language)]
+        while not self.loading.wait(seconds=0.2):
+            percent = round(100 * self.loading.fraction)
+            bar = f"<label>{texts['loading']}… {percent} %<progress max=100 value={percent}></progress></label>"
+            yield gr.update(value=bar, visible=True), gr.skip()
+        if self.loading.error:
+            message = html.escape(texts["failed"].format(error=self.loading.error))
+            yield gr.update(value=f"<p class=error>{message}</p>", visible=True), gr.skip()
+        else:
+            yield gr.update(value="", visible=False), gr.update(interactive=True)
+
+    def ask(self, conversation: Conversation, language: str, text: str | None) -> tuple[Any, Any, Any]:
+        text = text or ""
+        if len(text) > MAX_MESSAGE_LENGTH:
+            raise as_error(TEXTS[pick_language(language)]["too_long"].format(limit=MAX_MESSAGE_LENGTH))
+        if not text.strip():
+            return gr.skip(), gr.skip(), gr.skip()
+        return self.before_answer(conversations.with_question(conversation, text), language)
+
+    def retry(self, conversation: Conversation, language: str) -> tuple[Any, Any, Any]:
+        return self.before_answer(conversations.without_last_answer(conversation), language)
+
+    def edit(self, conversation: Conversation, language: str, event: gr.EditData) -> tuple[Any, Any, Any]:
+        index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
+        return self.before_answer(conversations.with_edited(conversation, index, str(event.value)), language)
+
+    def before_answer(self, conversation: Conversation, language: str) -> tuple[Any, Any, Any]:
+        """The page while it is busy: nothing can be typed, and the button stops."""
+        chat, _ = self.show(conversation, language)
+        return conversation, chat, gr.update(value="", interactive=False, submit_btn=False, stop_btn=True)
+
+    def answer(
+        self,
+        conversation: Conversation,
+        language: str,
+        system: str | None,
+        max_length: int,
+        temperature: float,
+        top_p: float,
+        functions: list[str],
+        tools: str | None,
+    ) -> Iterator[tuple[Any, Any]]:
+        texts = TEXTS[pick_language(language)]
+        if not conversations.without_open_question(conversation)[1]:
+            return
+        try:
+            described = conversations.read_tools(tools or "") if self.settings.functions is not None else []
+        except ValueError as error:
+            raise as_error(texts["bad_descriptions"].format(error=error)) from error
+        known = self.settings.functions or {}
+        settings = Settings(
+            system=system or "",
+            generation={"max_length": int(max_length), "temperature": temperature, "top_p": top_p},
+            tools=described,
+            functions={name: known[name] for name in functions},
+        )
+        try:
+            for conversation in answer(*self.loading.get(), conversation, settings):
+                yield conversation, conversations.shown(conversation["messages"], texts)
+        except (TypeError, ValueError) as error:
+            raise as_error(str(error)) from error
+
+    def finish(self, saved: Any, conversation: Conversation, language: str) -> tuple[Any, ...]:
+        """The page after an answer. A question without one goes back to where it was typed."""
+        conversation, question = conversations.without_open_question(conversation)
+        saved = conversations.with_saved(conversations.read_saved(saved), conversation)
+        chat, box = self.show(conversation, language)
+        box = {**box, "interactive": True, "submit_btn": True, "stop_btn": False}
+        if not question:
+            # A visitor who went on to another conversation in the meantime keeps it.
+            return saved, self.list_chats(saved, conversation), gr.skip(), gr.skip(), box
+        return saved, self.list_chats(saved, conversation), conversation, chat, {**box, "value": question}
+
+    def undo(self, saved: Any, conversation: Conversation, language: str) -> tuple[Any, ...]:
+        conversation, question = conversations.without_last_question(conversation)
+        saved, chats, conversation, chat, box = self.go_to(saved, conversation, conversation, language)
+        return saved, chats, conversation, chat, {**box, "value": question}
+
+    def clear(self, saved: Any, conversation: Conversation, language: str) -> tuple[Any, ...]:
+        saved = conversations.without(conversations.read_saved(saved), conversation["id"])
+        fresh = conversations.new_conversation()
+        return self.go_to(saved, fresh, fresh, language)
+
+    def start(self, saved: Any, conversation: Conversation, language: str) -> tuple[Any, ...]:
+        return self.go_to(saved, conversation, conversations.new_conversation(), language)
+
+    def open(self, saved: Any, conversation: Conversation, language: str, wanted: str) -> tuple[Any, ...]:
+        chats = {chat["id"]: chat for chat in conversations.read_saved(saved)}
+        return self.go_to(saved, conversation, chats.get(wanted, conversation), language)
+
+    def go_to(self, saved: Any, left: Conversation, opened: Conversation, language: str) -> tuple[Any, ...]:
+        """Save the conversation that is left, and show another one."""
+        left, _ = conversations.without_open_question(left)
+        saved = conversations.with_saved(conversations.read_saved(saved), left)
+        return saved, self.list_chats(saved, opened), opened, *self.show(opened, language)
+
+
+def as_error(message: str) -> gr.Error:
+    """An error that a visitor sees, and the terminal does not."""
+    return gr.Error(message, print_exception=False)
+
+
+def make_theme() -> gr.themes.Base:
+    """The colours and fonts of the page."""
+    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO_FONTS)
+
+
+__all__ = ["CSS", "MAX_WAITING", "OwnHostOnly", "Page", "PageSettings", "make_theme"]
