@@ -20,100 +20,47 @@ it asks no other host for anything. `pip install -r requirements/serving.txt` br
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
-from chat import BUNDLED, DTYPES, pick_device
-from local_code import check_model_type, load_module, register
-from serving.web_answers import LoadingModel
-from serving.web_page import CSS, MAX_WAITING, OwnHostOnly, Page, PageSettings, make_theme
-from serving.web_tools import FUNCTIONS
-from starlette.middleware import Middleware
-from transformers import AutoConfig, GenerationConfig
-
-
-def describe_page(folder: Path, concurrency: int) -> PageSettings:
-    """What the page offers for a checkpoint folder, before its weights are there.
-
-    Raises:
-        OSError, ValueError: if the folder is not a ChatGLM checkpoint.
-    """
-    check_model_type(folder)
-    register()
-    config = AutoConfig.from_pretrained(folder)
-    chat_format = load_module("conversation_chatglm").conversation_format(config.model_version)
-    positions = config.max_position_embeddings
-    defaults = {"max_length": positions, **chat_format.chat_defaults}
-    is_greedy = (
-        folder / "generation_config.json"
-    ).is_file() and GenerationConfig.from_pretrained(folder).do_sample is False
-    return PageSettings(
-        name=folder.resolve().name,
-        max_length=(positions, min(positions, defaults["max_length"])),
-        generation={"temperature": 0 if is_greedy else defaults["temperature"], "top_p": defaults["top_p"]},
-        # CODEPATH: chatglm-6b and chatglm2-6b answer with text alone; chatglm3-6b and glm-4-9b call tools.
-        functions=None if chat_format.response_template is None else FUNCTIONS,
-        concurrency=concurrency,
-    )
-
-
-def start(settings: PageSettings, loading: LoadingModel, host: str, port: int) -> tuple[Any, str]:
-    """Serve the page in the background.
-
-    Returns:
-        Gradio's blocks, to be closed at the end, and the address of the page.
-    """
-    blocks = Page(settings, loading).build()
-    blocks.queue(max_size=MAX_WAITING)
-    _, address, _ = blocks.launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=True,
-        share=False,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        enable_monitoring=False,
-        footer_links=[],
-        show_error=True,
-        quiet=True,
-        theme=make_theme(),
-        css=CSS,
-        app_kwargs={"middleware": [Middleware(OwnHostOnly)]},
-    )
-    return blocks, address
 
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", type=Path, default=BUNDLED, metavar="FOLDER", help="a checkpoint folder")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("folder", type=Path, help="a checkpoint folder")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 for everybody on the network (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES)
-    parser.add_argument("--quantize", type=int, choices=(8, 4), metavar="BITS", help="8 or 4 bits for the weights")
-    parser.add_argument("--concurrency", type=int, default=2, help="answers that are written at the same time")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    parser.add_argument("--quantize", type=int, default=0, choices=(0, 4, 8), metavar="BITS", help="4 or 8")
+    parser.add_argument(
+        "--concurrency", type=int, default=2, help="answers that are written at the same time (default: %(default)s)"
+    )
     return parser.parse_args()
-
-
-def pick_dtype(folder: Path, name: str, device: str) -> Any:
-    """The dtype of the checkpoint for `auto`, unless a processor would be slow in it."""
-    if name != "auto":
-        return name
-    dtype = AutoConfig.from_pretrained(folder).dtype or "float32"
-    return "bfloat16" if device == "cpu" and dtype == torch.float16 else dtype
 
 
 def main() -> int:
     arguments = read_arguments()
+    try:
+        from serving.models import LoadSettings
+        from serving.web_loading import LoadingModel
+        from serving.web_page import PageSettings, start
+        from serving.web_tools import FUNCTIONS
+    except ImportError as error:
+        print(f"error: {error}; pip install -r requirements/serving.txt", file=sys.stderr)
+        return 1
     loading = LoadingModel()
     try:
-        settings = describe_page(arguments.model, arguments.concurrency)
-        device = pick_device(arguments.device)
+        settings = PageSettings.of_folder(arguments.folder, FUNCTIONS, max(1, arguments.concurrency))
         blocks, address = start(settings, loading, arguments.host, arguments.port)
-        print(f"The page is at {address}", flush=True)
-        dtype = pick_dtype(arguments.model, arguments.dtype, device)
-        loading.load(arguments.model, device, dtype, arguments.quantize)
+        print(f"the page is at {address}", flush=True)
+        loading.load(
+            LoadSettings(
+                folder=arguments.folder,
+                device=arguments.device,
+                dtype=arguments.dtype,
+                bits=arguments.quantize,
+            )
+        )
     except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -60,6 +60,7 @@ class PacedModel:
 
     Attributes:
         pace: for a question, how many tokens of its answer may come; more by `release()`.
+        scripts: for a question, an answer that the model was not taught.
         ended: the questions whose streams have been closed.
     """
 
@@ -67,10 +68,17 @@ class PacedModel:
         self.model = model
         self.chat_format = model.chat_format
         self.pace: dict[str, threading.Semaphore] = {}
+        self.scripts: dict[str, str] = {}
         self.ended: list[str] = []
 
-    def stream_chat(self, tokenizer: Any, query: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        with closing(self.model.stream_chat(tokenizer, query, *args, **kwargs)) as stream:
+    def stream_chat(
+        self, tokenizer: Any, query: str, history: list[dict[str, str]], *args: Any, **kwargs: Any
+    ) -> Iterator[Any]:
+        if query in self.scripts:
+            answer = {"role": "assistant", "content": self.scripts[query]}
+            yield answer["content"], [*history, {"role": "user", "content": query}, answer]
+            return
+        with closing(self.model.stream_chat(tokenizer, query, history, *args, **kwargs)) as stream:
             try:
                 for step in stream:
                     # It stays a model that writes: a page can stop it at any time.
@@ -118,7 +126,12 @@ class Visitor:
 
     @property
     def bubbles(self) -> list[str]:
-        return [text.strip() for text in self.page.locator("#chat .message").all_inner_texts()]
+        return self.page.locator("#chat [data-testid=user], #chat [data-testid=bot]").all_inner_texts()
+
+
+def load_part(name: str) -> Any:
+    """A file of examples/serving; other environments than this test's lack what it imports."""
+    return importlib.import_module(f"serving.{name}")
 
 
 def free_port() -> int:
@@ -147,10 +160,18 @@ class Site:
 
     def new_browser(self, **settings: Any) -> Any:
         """A browser that has never been here."""
-        context = self.browser.new_context(**{"viewport": {"width": 1280, "height": 800}, "locale": "en-US", **settings})
+        context = self.browser.new_context(
+            **{"viewport": {"width": 1280, "height": 800}, "locale": "en-US", **settings}
+        )
         context.set_default_timeout(60_000)
-        context.on("request", lambda request: self.asked_hosts.add(urlsplit(request.url).hostname or ""))
+        context.on("requestfinished", self.note_request)
+        context.on("requestfailed", self.note_request)
         return context
+
+    def note_request(self, request: Any) -> None:
+        """What a browser asked for, unless the page's policy kept it from asking."""
+        if request.failure != "csp":
+            self.asked_hosts.add(urlsplit(request.url).hostname or "")
 
     def visit(self, context: Any | None = None, **settings: Any) -> Visitor:
         """Open the page, in a new browser or in another window of one."""
@@ -172,14 +193,14 @@ def site(chromium: Any) -> Iterator[Site]:
     """The program as the command line starts it."""
     with pytest.MonkeyPatch.context() as patch, auto_classes_left_alone():
         site = Site(chromium)
-        program = importlib.import_module("web_demo")
-        finish = program.LoadingModel.finish
+        program, loading_model = importlib.import_module("web_demo"), load_part("web_loading").LoadingModel
+        finish = loading_model.finish
 
         def finish_paced(loading: Any, model: Any, tokenizer: Any) -> None:
             site.model = PacedModel(model)
             finish(loading, site.model, tokenizer)
 
-        patch.setattr(program.LoadingModel, "finish", finish_paced)
+        patch.setattr(loading_model, "finish", finish_paced)
         patch.setattr(sys, "argv", ["web_demo.py", str(BUNDLED), "--port", str(site.port), "--dtype", "float32"])
         threading.Thread(target=program.main, daemon=True).start()
         for _ in range(600):
@@ -199,10 +220,9 @@ def visitor(site: Site) -> Iterator[Visitor]:
 
 
 def test_the_page_is_there_before_the_model(site: Site) -> None:
-    program = importlib.import_module("web_demo")
-    loading = program.LoadingModel()
-    settings = program.describe_page(BUNDLED, 1)
-    blocks, address = program.start(settings, loading, "127.0.0.1", free_port())
+    loading = load_part("web_loading").LoadingModel()
+    settings = load_part("web_page").PageSettings.of_folder(BUNDLED, {}, concurrency=1)
+    blocks, address = load_part("web_page").start(settings, loading, "127.0.0.1", free_port())
     try:
         visitor = Visitor(site.new_browser().new_page(), address)
         visitor.page.locator("progress[value='0']").wait_for()
@@ -249,3 +269,137 @@ def test_stream_stop_retry_edit_and_undo(site: Site, visitor: Visitor) -> None:
     visitor.click("Undo")
     visitor.chat.get_by_text("What would you like to know?").wait_for()
     assert visitor.box.input_value() == "Good evening!"
+
+
+def test_a_conversation_in_chinese_on_a_phone_in_the_dark(site: Site) -> None:
+    phone = site.visit(viewport={"width": 390, "height": 844}, locale="zh-CN", color_scheme="dark")
+    phone.wait_until_ready()
+    phone.ask("你好", HELLO)
+    phone.ask("法国的首都是哪里？", "法国的首都是巴黎")
+    assert phone.box.get_attribute("placeholder") == "请输入问题，Shift + Enter 换行"
+    is_dark, width = phone.page.evaluate(
+        "[document.body.classList.contains('dark'), document.documentElement.scrollWidth]"
+    )
+    assert (is_dark, width) == (True, 390)
+    for name in ("#name h2", "#language", "#theme", "#message textarea"):
+        box = phone.page.locator(name).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["y"] + box["height"] <= 844
+    # The old conversations are behind a button here.
+    phone.click("Toggle Sidebar")
+    phone.page.get_by_text("历史对话").wait_for()
+    phone.page.context.close()
+
+
+def test_language_and_theme_are_kept(site: Site, visitor: Visitor) -> None:
+    visitor.page.get_by_text("Chats", exact=True).wait_for()
+    visitor.click("中文")
+    visitor.page.get_by_text("历史对话").wait_for()
+    visitor.page.get_by_text("设置").wait_for()
+    visitor.page.locator("#theme").click()
+    again = site.visit(visitor.page.context)
+    again.page.get_by_text("历史对话").wait_for()
+    assert again.page.evaluate("document.body.classList.contains('dark')")
+    again.click("English")
+    again.page.get_by_text("Chats", exact=True).wait_for()
+
+
+def test_markdown_is_rendered_and_no_other_host_is_asked(site: Site, visitor: Visitor) -> None:
+    blocked: list[str] = []
+    visitor.page.on("console", lambda message: blocked.append(message.text))
+    site.model.scripts["Write Markdown."] = MARKDOWN
+    visitor.ask("Write Markdown.", "Run this:")
+    assert visitor.chat.locator("pre code").inner_text().strip() == 'print("<b>1</b>")'
+    assert visitor.chat.locator(".katex").count() == 1
+    visitor.wait_until(lambda: sum("example.invalid" in text for text in blocked) >= 2)
+    assert site.asked_hosts <= {"127.0.0.1", "localhost"}
+
+
+def test_old_conversations_are_kept(site: Site, visitor: Visitor) -> None:
+    visitor.ask("How are you?", FINE)
+    visitor.page.reload()
+    visitor.wait_for(FINE)
+    visitor.wait_until_ready()
+    other_window = site.visit(visitor.page.context)
+    other_window.wait_for(FINE)
+    other_window.wait_until_ready()
+    other_window.click("New chat")
+    other_window.ask("Hello!", "Hello! I am")
+    # The first window has not seen what the other one did, and must not undo it.
+    visitor.ask("I am fine, too.", "I am glad to hear that.")
+    titles = visitor.page.locator("#chats label")
+    assert titles.all_inner_texts() == ["How are you?", "Hello!"]
+    titles.last.click()
+    visitor.wait_for("Hello! I am")
+    visitor.click("Clear")
+    visitor.chat.get_by_text("What would you like to know?").wait_for()
+    visitor.page.reload()
+    visitor.wait_for("I am glad to hear that.")
+    assert titles.all_inner_texts() == ["How are you?"]
+
+
+def test_tools_are_called_and_given_results(site: Site, visitor: Visitor) -> None:
+    visitor.click("Tools ▼")
+    visitor.page.locator("#descriptions textarea").fill("no list")
+    visitor.say("What is the weather like in Paris?")
+    visitor.page.get_by_text("The tools must be a JSON list of descriptions").wait_for()
+    visitor.wait_until_ready()
+    assert visitor.box.input_value() == "What is the weather like in Paris?"
+    visitor.page.locator("#descriptions textarea").fill(WEATHER_TOOL)
+    visitor.ask("What is the weather like in Paris?", "Call of get_weather")
+    assert visitor.box.get_attribute("placeholder") == "The result of get_weather"
+    visitor.ask(
+        '{"temperature": 18, "condition": "cloudy"}', "It is cloudy in Paris, and the temperature is 18 degrees."
+    )
+    visitor.wait_for("Result of get_weather")
+    assert visitor.chat.locator("pre code").first.inner_text().split() == ["{", '"city":', '"Paris"', "}"]
+
+
+def test_users_at_the_same_time_see_their_own_answers(site: Site, visitor: Visitor) -> None:
+    for question in ("How are you?", "你好"):
+        site.model.pace[question] = threading.Semaphore(0)
+    other = site.visit()
+    other.wait_until_ready()
+    visitor.say("How are you?")
+    other.say("你好")
+    for _ in range(4):
+        for question in ("How are you?", "你好"):
+            site.model.pace[question].release(2)
+        visitor.page.wait_for_timeout(50)
+        assert FINE.startswith(visitor.bubbles[1] if len(visitor.bubbles) > 1 else "")
+        assert HELLO.startswith(other.bubbles[1] if len(other.bubbles) > 1 else "")
+    for question in ("How are you?", "你好"):
+        site.model.pace.pop(question).release(99)
+    visitor.wait_for(FINE)
+    other.wait_for(HELLO)
+    visitor.wait_until_ready()
+    assert visitor.bubbles == ["How are you?", FINE]
+    assert other.bubbles == ["你好", HELLO]
+    other.page.context.close()
+
+
+def test_who_leaves_stops_the_answer(site: Site) -> None:
+    site.model.pace["Good night!"] = threading.Semaphore(1)
+    visitor = site.visit()
+    visitor.wait_until_ready()
+    visitor.say("Good night!")
+    visitor.wait_for("Good")
+    visitor.page.context.close()
+    ended = threading.Event()
+    for _ in range(600):
+        if "Good night!" in site.model.ended:
+            break
+        ended.wait(0.05)
+    assert "Good night!" in site.model.ended
+
+
+def test_a_wrong_folder_ends_in_one_line(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    program = importlib.import_module("web_demo")
+    monkeypatch.setattr(sys, "argv", ["web_demo.py", str(tmp_path)])
+    assert program.main() == 1
+    # A port that is taken.
+    monkeypatch.setattr(sys, "argv", ["web_demo.py", str(BUNDLED), "--port", str(site.port)])
+    assert program.main() == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all(line.startswith("error: ") for line in errors)

@@ -11,11 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The model behind the web page: loading it while visitors watch, and answering.
+"""How is a conversation on the web page answered?
 
 What is unusual here:
 
-- The page is up before the model is. `LoadingModel` tells how far the loading is, in the terminal and to the page.
 - Closing the iterator of an answer stops the work, whether a visitor pressed the button or went away.
 - A function that the model calls is one of `Settings.functions`, called by name with the arguments that were read as
   literals. Whatever goes wrong in it is told to the model as its result.
@@ -23,16 +22,14 @@ What is unusual here:
 
 import inspect
 import json
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from local_code import load_module, load_tokenizer
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import get_json_schema, logging
+from local_code import load_module
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import get_json_schema
 
 from .web_conversation import Conversation, Message, called_tool, with_messages
 
@@ -42,78 +39,6 @@ MAX_CALLS = 5
 MAX_RESULT_LENGTH = 10_000
 
 Function = Callable[..., Any]
-
-
-class LoadingModel:
-    """A model on its way into memory.
-
-    Attributes:
-        fraction: how much of the weights is there, from 0 to 1.
-        error: what went wrong, or an empty string.
-    """
-
-    def __init__(self) -> None:
-        self.fraction = 0.0
-        self.error = ""
-        self._is_done = threading.Event()
-        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
-
-    def load(self, folder: Path, device: str, dtype: Any, bits: int | None) -> None:
-        """Load a checkpoint folder.
-
-        Args:
-            bits: 8 or 4 to quantize the weights while they are read; `None` leaves them as they are.
-
-        Raises:
-            OSError, ValueError, RuntimeError: what the library says, which visitors see too.
-        """
-        settings = {} if bits is None else {"quantization_config": {"quant_method": "chatglm", "bits": bits}}
-        previous = logging.set_tqdm_hook(self._watch)
-        try:
-            tokenizer = load_tokenizer(folder)
-            model = AutoModel.from_pretrained(folder, dtype=dtype, device_map=device, **settings).eval()
-            self.finish(model, tokenizer)
-        except Exception as error:
-            self.fail(str(error))
-            raise
-        finally:
-            logging.set_tqdm_hook(previous)
-
-    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Hand over a model that is ready."""
-        self.fraction = 1.0
-        self._loaded = (model, tokenizer)
-        self._is_done.set()
-
-    def fail(self, error: str) -> None:
-        """Say why there will be no model."""
-        self.error = error
-        self._is_done.set()
-
-    def wait(self, seconds: float) -> bool:
-        """Wait for the end of the loading, that long at most; whether it has ended."""
-        return self._is_done.wait(seconds)
-
-    def get(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model and its tokenizer.
-
-        Raises:
-            ValueError: if they are not there.
-        """
-        if self._loaded is None:
-            raise ValueError(self.error or "The model is still being loaded.")
-        return self._loaded
-
-    def _watch(self, factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args and isinstance(args[0], Sized) and isinstance(args[0], Iterable):
-            kwargs.setdefault("total", len(args[0]))
-            args = (self._counted(args[0], len(args[0])), *args[1:])
-        return factory(*args, **kwargs)
-
-    def _counted(self, items: Iterable[Any], total: int) -> Iterator[Any]:
-        for number, item in enumerate(items, start=1):
-            yield item
-            self.fraction = number / total
 
 
 @dataclass(frozen=True)
@@ -193,4 +118,4 @@ def run_call(messages: list[Message], functions: Mapping[str, Function]) -> str 
     return result[:MAX_RESULT_LENGTH]
 
 
-__all__ = ["MAX_CALLS", "LoadingModel", "Settings", "answer"]
+__all__ = ["MAX_CALLS", "Function", "Settings", "answer"]

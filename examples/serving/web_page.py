@@ -26,15 +26,20 @@ What is unusual here:
 import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from local_code import check_model_type, load_module, register
 from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from transformers import AutoConfig, GenerationConfig
 
 from . import web_conversation as conversations
-from .web_answers import Function, LoadingModel, Settings, answer
+from .web_answers import Function, Settings, answer
 from .web_conversation import Conversation
+from .web_loading import LoadingModel
 from .web_texts import TEXTS, pick_language
 
 
@@ -119,7 +124,31 @@ class PageSettings:
     max_length: tuple[int, int]
     generation: Mapping[str, float]
     functions: Mapping[str, Function] | None
-    concurrency: int = 2
+    concurrency: int
+
+    @classmethod
+    def of_folder(cls, folder: Path, functions: Mapping[str, Function], concurrency: int) -> "PageSettings":
+        """What the page offers for a checkpoint folder, before its weights are there.
+
+        Raises:
+            OSError, ValueError: if the folder is not a ChatGLM checkpoint.
+        """
+        check_model_type(folder)
+        register()
+        config = AutoConfig.from_pretrained(folder)
+        chat_format = load_module("conversation_chatglm").conversation_format(config.model_version)
+        positions = config.max_position_embeddings
+        defaults = {"max_length": positions, **chat_format.chat_defaults}
+        has_settings = (folder / "generation_config.json").is_file()
+        is_greedy = has_settings and GenerationConfig.from_pretrained(folder).do_sample is False
+        return cls(
+            name=folder.resolve().name,
+            max_length=(positions, min(positions, defaults["max_length"])),
+            generation={"temperature": 0 if is_greedy else defaults["temperature"], "top_p": defaults["top_p"]},
+            # CODEPATH: chatglm-6b and chatglm2-6b answer with text alone; chatglm3-6b and glm-4-9b call tools.
+            functions=None if chat_format.response_template is None else functions,
+            concurrency=concurrency,
+        )
 
 
 @dataclass
@@ -135,7 +164,7 @@ class Page:
         with gr.Blocks(title=self.settings.name, analytics_enabled=False, fill_height=True) as blocks:
             # A component, not a `gr.State`: the browser remembers it.
             self.language = gr.Textbox("en", visible=False)
-            self.conversation = gr.State(conversations.new_conversation)
+            self.conversation = gr.State({"id": "", "messages": []})
             self.saved = gr.JSON([], visible=False)
             self.is_wide = gr.Checkbox(visible=False)
             self.add_sidebar()
@@ -185,7 +214,8 @@ class Page:
         with gr.Row(elem_id="top"):
             gr.Markdown(f"## {self.settings.name}", elem_id="name")
             self.other_language = self.word(
-                gr.Button(texts["other_language"], scale=0, min_width=72, size="sm", elem_id="language"), value="other_language"
+                gr.Button(texts["other_language"], scale=0, min_width=72, size="sm", elem_id="language"),
+                value="other_language",
             )
             self.theme = gr.Button("◐", scale=0, min_width=44, size="sm", elem_id="theme")
         self.progress = gr.HTML(visible=False, elem_id="progress")
@@ -233,15 +263,11 @@ class Page:
             show_progress="minimal",
             api_visibility="private",
         )
-        self.then_save(
-            answered.then(
-                self.finish,
-                [self.saved, self.conversation, self.language],
-                [self.saved, self.chats, self.conversation, self.chatbot, self.textbox],
-                js=READ_SAVED,
-                **QUIET,
-            )
-        )
+        # A failure is not among what `then` follows (Gradio 6.31).
+        for ended in (answered.then, answered.failure):
+            inputs = [self.saved, self.conversation, self.language]
+            outputs = [self.saved, self.chats, self.conversation, self.chatbot, self.textbox]
+            self.then_save(ended(self.finish, inputs, outputs, js=READ_SAVED, **QUIET))
         return answered
 
     def then_save(self, event: gr.events.Dependency) -> None:
@@ -357,7 +383,8 @@ class Page:
     def before_answer(self, conversation: Conversation, language: str) -> tuple[Any, Any, Any]:
         """The page while it is busy: nothing can be typed, and the button stops."""
         chat, _ = self.show(conversation, language)
-        return conversation, chat, gr.update(value="", interactive=False, submit_btn=False, stop_btn=True)
+        stop = TEXTS[pick_language(language)]["stop"]
+        return conversation, chat, gr.update(value="", interactive=False, submit_btn=False, stop_btn=stop)
 
     def answer(
         self,
@@ -430,9 +457,30 @@ def as_error(message: str) -> gr.Error:
     return gr.Error(message, print_exception=False)
 
 
-def make_theme() -> gr.themes.Base:
-    """The colours and fonts of the page."""
-    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO_FONTS)
+def start(settings: PageSettings, loading: LoadingModel, host: str, port: int) -> tuple[gr.Blocks, str]:
+    """Serve the page in the background.
+
+    Returns:
+        Gradio's blocks, to be closed at the end, and the address of the page.
+    """
+    blocks = Page(settings, loading).build()
+    blocks.queue(max_size=MAX_WAITING)
+    _, address, _ = blocks.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        share=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        footer_links=[],
+        quiet=True,
+        theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO_FONTS),
+        css=CSS,
+        app_kwargs={"middleware": [Middleware(OwnHostOnly)]},
+    )
+    return blocks, address
 
 
-__all__ = ["CSS", "MAX_WAITING", "OwnHostOnly", "Page", "PageSettings", "make_theme"]
+__all__ = ["Page", "PageSettings", "start"]

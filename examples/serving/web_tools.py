@@ -48,8 +48,6 @@ def calculate(left: float, operator: str, right: float) -> dict[str, float]:
     return {"result": results[operator]}
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    function.__name__: function for function in (get_current_time, calculate)
-}
+FUNCTIONS: dict[str, Callable[..., Any]] = {function.__name__: function for function in (get_current_time, calculate)}
 
 __all__ = ["FUNCTIONS"]
