@@ -7,6 +7,7 @@
 #   make test ARGS='-k stream_chat'       some of the tests
 #   make test-grid                        every way of fine-tuning, every compiled GPU kernel, the longest runs
 #   make test-programs                    programs of others, such as lm_eval, on all generations
+#   make test-browser                     the web page in Chromium, which the machine has to bring
 #   make conformance                      Transformers' own tests of models and tokenizers
 #   make bench                            every benchmark, small enough for a laptop
 #   make bench ARGS='peers --full'        one of them, as the figures in docs/ were made
@@ -26,7 +27,7 @@ CONFORMANCE := .conformance
 # The files mlinter has rules for.
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py tokenization_*.py generation_*.py)
 
-.PHONY: setup chat test test-grid test-floor test-programs conformance style fix bench bench-gpu docs-check
+.PHONY: setup chat test test-grid test-floor test-programs test-browser conformance style fix bench bench-gpu docs-check
 
 setup: $(NEWEST)/installed
 
@@ -34,7 +35,7 @@ chat: setup
 	@$(NEWEST)/bin/python examples/chat.py $(MODEL) $(ARGS)
 
 test: setup
-	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m 'not grid and not programs' $(ARGS)
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m 'not grid and not programs and not browser' $(ARGS)
 
 test-grid: setup
 	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m grid $(ARGS)
@@ -44,6 +45,9 @@ test-floor: $(FLOOR)/installed
 
 test-programs: $(PROGRAMS)/installed
 	$(PROGRAMS)/bin/python -m pytest -n $(WORKERS) -m programs $(ARGS)
+
+test-browser: $(PROGRAMS)/installed
+	$(PROGRAMS)/bin/python -m pytest -m browser $(ARGS)
 
 conformance: setup $(CONFORMANCE)/unpacked
 	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -o addopts=--strict-markers tests/conformance $(ARGS)

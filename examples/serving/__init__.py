@@ -11,7 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The parts of `examples/serve.py`: one server for the published checkpoints, with three doors on one port.
+"""The parts of `examples/serve.py`, one server for the published checkpoints with three doors on one port, and of
+`examples/web_demo.py`, a chat in the browser.
 
 | file | question |
 |---|---|
@@ -27,6 +28,12 @@
 | `guard.py` | who may come in, how much at once, and what if a client goes away? |
 | `metrics.py` | what does the server count? |
 | `app.py` | how does all of it become one application? |
+| `web_page.py` | what is on the web page, and what happens when a visitor does something? |
+| `web_conversation.py` | how is a conversation changed, shown and kept? |
+| `web_answers.py` | how is a conversation on the page answered? |
+| `web_loading.py` | how far is the model that the page waits for? |
+| `web_texts.py` | what does the page say, in either language? |
+| `web_tools.py` | which functions may a model on the page call? |
 
 What is unusual here:
 
