@@ -216,6 +216,7 @@ def visitor(site: Site) -> Iterator[Visitor]:
     visitor = site.visit()
     visitor.wait_until_ready()
     yield visitor
+    site.model.pace.clear()
     visitor.page.context.close()
 
 
@@ -269,6 +270,17 @@ def test_stream_stop_retry_edit_and_undo(site: Site, visitor: Visitor) -> None:
     visitor.click("Undo")
     visitor.chat.get_by_text("What would you like to know?").wait_for()
     assert visitor.box.input_value() == "Good evening!"
+
+    # Thrown away while it is written.
+    site.model.pace["How are you?"] = threading.Semaphore(1)
+    visitor.say("How are you?")
+    visitor.wait_for("I")
+    count = len(site.model.ended)
+    visitor.click("Clear")
+    visitor.wait_until(lambda: site.model.ended[count:] == ["How are you?"])
+    visitor.wait_until_ready()
+    visitor.chat.get_by_text("What would you like to know?").wait_for()
+    assert visitor.page.locator("#chats label").count() == 0
 
 
 def test_a_conversation_in_chinese_on_a_phone_in_the_dark(site: Site) -> None:

@@ -64,7 +64,7 @@ ON_LOAD = f"""() => {{
   if (theme) document.body.classList.toggle('dark', theme === 'dark');
   document.querySelector('#theme').ariaLabel = 'Light / dark, 浅色 / 深色';
   const saved = JSON.parse(localStorage.getItem('{KEY}') ?? '[]');
-  return [saved, localStorage.getItem('{KEY}-language') ?? navigator.language, innerWidth >= 1000];
+  return [null, saved, localStorage.getItem('{KEY}-language') ?? navigator.language, innerWidth >= 1000];
 }}"""
 WRITE_LANGUAGE = f"(language) => localStorage.setItem('{KEY}-language', language)"
 SWITCH_THEME = f"""() => {{
@@ -152,6 +152,19 @@ class PageSettings:
 
 
 @dataclass
+class Session:
+    """What one visitor is doing.
+
+    Attributes:
+        conversation: the one that is open.
+        turn: the answer that is being written to it; another object, or none, tells an answer that it is not wanted.
+    """
+
+    conversation: Conversation = field(default_factory=lambda: {"id": "", "messages": []})
+    turn: object = None
+
+
+@dataclass
 class Page:
     """The page under construction: its components and events."""
 
@@ -164,7 +177,8 @@ class Page:
         with gr.Blocks(title=self.settings.name, analytics_enabled=False, fill_height=True) as blocks:
             # A component, not a `gr.State`: the browser remembers it.
             self.language = gr.Textbox("en", visible=False)
-            self.conversation = gr.State({"id": "", "messages": []})
+            # Copied for every visitor, whose events then share one object.
+            self.session = gr.State(Session())
             self.saved = gr.JSON([], visible=False)
             self.is_wide = gr.Checkbox(visible=False)
             self.add_sidebar()
@@ -244,10 +258,10 @@ class Page:
 
     def add_answers(self) -> None:
         """What is answered by the model, and the button that stops it."""
-        question = {"outputs": [self.conversation, self.chatbot, self.textbox], **QUIET}
-        asked = self.textbox.submit(self.ask, [self.conversation, self.language, self.textbox], **question)
-        retried = self.chatbot.retry(self.retry, [self.conversation, self.language], **question)
-        edited = self.chatbot.edit(self.edit, [self.conversation, self.language], **question)
+        question = {"outputs": [self.chatbot, self.textbox], **QUIET}
+        asked = self.textbox.submit(self.ask, [self.session, self.language, self.textbox], **question)
+        retried = self.chatbot.retry(self.retry, [self.session, self.language], **question)
+        edited = self.chatbot.edit(self.edit, [self.session, self.language], **question)
         self.answers = [self.then_answer(event) for event in (asked, retried, edited)]
         self.textbox.stop(None, None, None, cancels=self.answers, **QUIET)
 
@@ -256,8 +270,8 @@ class Page:
         settings = [self.system, self.max_length, self.temperature, self.top_p, self.functions, self.tools]
         answered = event.success(
             self.answer,
-            [self.conversation, self.language, *settings],
-            [self.conversation, self.chatbot],
+            [self.session, self.language, *settings],
+            self.chatbot,
             concurrency_limit=self.settings.concurrency,
             concurrency_id="answers",
             show_progress="minimal",
@@ -265,8 +279,8 @@ class Page:
         )
         # A failure is not among what `then` follows (Gradio 6.31).
         for ended in (answered.then, answered.failure):
-            inputs = [self.saved, self.conversation, self.language]
-            outputs = [self.saved, self.chats, self.conversation, self.chatbot, self.textbox]
+            inputs = [self.saved, self.session, self.language]
+            outputs = [self.saved, self.chats, self.chatbot, self.textbox]
             self.then_save(ended(self.finish, inputs, outputs, js=READ_SAVED, **QUIET))
         return answered
 
@@ -276,18 +290,18 @@ class Page:
 
     def add_commands(self) -> None:
         """What goes without the model."""
-        inputs = [self.saved, self.conversation, self.language]
-        outputs = [self.saved, self.chats, self.conversation, self.chatbot, self.textbox]
+        inputs = [self.saved, self.session, self.language]
+        outputs = [self.saved, self.chats, self.chatbot, self.textbox]
         kwargs = {"js": READ_SAVED, "cancels": self.answers, **QUIET}
         self.then_save(self.chatbot.undo(self.undo, inputs, outputs, **kwargs))
         self.then_save(self.chatbot.clear(self.clear, inputs, outputs, **kwargs))
-        self.then_save(self.new_chat.click(self.start, inputs, outputs, **kwargs))
+        self.then_save(self.new_chat.click(self.start_new, inputs, outputs, **kwargs))
         self.then_save(self.chats.input(self.open, [*inputs, self.chats], outputs, **kwargs))
         self.other_language.click(
             lambda language: "en" if language == "zh" else "zh", self.language, self.language, **QUIET
         ).then(
             self.show_words,
-            [self.language, self.conversation],
+            [self.language, self.session],
             [self.chatbot, self.textbox, *self.components_with_words()],
             **QUIET,
         ).then(None, self.language, None, js=WRITE_LANGUAGE, **QUIET)
@@ -297,13 +311,13 @@ class Page:
         """What happens when a browser has loaded the page: the old conversations, the language, and the model."""
         blocks.load(
             self.restore,
-            [self.saved, self.language, self.is_wide],
-            [self.saved, self.chats, self.conversation, self.language, self.sidebar],
+            [self.session, self.saved, self.language, self.is_wide],
+            [self.saved, self.chats, self.language, self.sidebar],
             js=ON_LOAD,
             **QUIET,
         ).then(
             self.show_words,
-            [self.language, self.conversation],
+            [self.language, self.session],
             [self.chatbot, self.textbox, *self.components_with_words()],
             **QUIET,
         ).then(
@@ -321,37 +335,36 @@ class Page:
 
     # The handlers: what they get are the inputs above, what they return goes to the outputs.
 
-    def show(self, conversation: Conversation, language: str) -> tuple[Any, Any]:
-        """A conversation, and what the box below it asks for."""
-        texts = TEXTS[pick_language(language)]
-        tool = conversations.called_tool(conversation["messages"])
+    def show(self, session: Session, language: str) -> tuple[Any, Any]:
+        """The open conversation, and what the box below it asks for."""
+        texts, messages = TEXTS[pick_language(language)], session.conversation["messages"]
+        tool = conversations.called_tool(messages)
         return (
             gr.update(
-                value=conversations.shown(conversation["messages"], texts),
+                value=conversations.shown(messages, texts),
                 placeholder=texts["welcome"].format(model=self.settings.name),
             ),
             gr.update(placeholder=texts["result"].format(name=tool) if tool else texts["question"]),
         )
 
-    def show_words(self, language: str, conversation: Conversation) -> list[Any]:
+    def show_words(self, language: str, session: Session) -> list[Any]:
         """Everything in another language."""
         texts = TEXTS[pick_language(language)]
         updates: dict[Any, dict[str, str]] = {}
         for component, name, key in self.words:
             updates.setdefault(component, {})[name] = texts[key]
-        return [*self.show(conversation, language), *(gr.update(**properties) for properties in updates.values())]
+        return [*self.show(session, language), *(gr.update(**properties) for properties in updates.values())]
 
-    def list_chats(self, saved: list[Conversation], conversation: Conversation) -> Any:
+    def list_chats(self, saved: list[Conversation], session: Session) -> Any:
         """The old conversations by their titles, with the one that is open."""
         choices = [(conversations.title(chat), chat["id"]) for chat in saved]
-        is_saved = any(chat["id"] == conversation["id"] for chat in saved)
-        return gr.update(choices=choices, value=conversation["id"] if is_saved else None)
+        opened = session.conversation["id"]
+        return gr.update(choices=choices, value=opened if opened in (chat["id"] for chat in saved) else None)
 
-    def restore(self, saved: Any, language: str, is_wide: bool) -> tuple[Any, ...]:
+    def restore(self, session: Session, saved: Any, language: str, is_wide: bool) -> tuple[Any, ...]:
         saved = conversations.read_saved(saved)
-        conversation = saved[0] if saved else conversations.new_conversation()
-        sidebar = gr.update(open=is_wide)
-        return saved, self.list_chats(saved, conversation), conversation, pick_language(language), sidebar
+        session.conversation = saved[0] if saved else conversations.new_conversation()
+        return saved, self.list_chats(saved, session), pick_language(language), gr.update(open=is_wide)
 
     def watch_loading(self, language: str) -> Iterator[tuple[Any, Any]]:
         texts = TEXTS[pick_language(language)]
@@ -365,30 +378,32 @@ class Page:
         else:
             yield gr.update(value="", visible=False), gr.update(interactive=True)
 
-    def ask(self, conversation: Conversation, language: str, text: str | None) -> tuple[Any, Any, Any]:
+    def ask(self, session: Session, language: str, text: str | None) -> tuple[Any, Any]:
         text = text or ""
         if len(text) > MAX_MESSAGE_LENGTH:
             raise as_error(TEXTS[pick_language(language)]["too_long"].format(limit=MAX_MESSAGE_LENGTH))
         if not text.strip():
-            return gr.skip(), gr.skip(), gr.skip()
-        return self.before_answer(conversations.with_question(conversation, text), language)
+            return gr.skip(), gr.skip()
+        return self.begin(session, conversations.with_question(session.conversation, text), language)
 
-    def retry(self, conversation: Conversation, language: str) -> tuple[Any, Any, Any]:
-        return self.before_answer(conversations.without_last_answer(conversation), language)
+    def retry(self, session: Session, language: str) -> tuple[Any, Any]:
+        return self.begin(session, conversations.without_last_answer(session.conversation), language)
 
-    def edit(self, conversation: Conversation, language: str, event: gr.EditData) -> tuple[Any, Any, Any]:
+    def edit(self, session: Session, language: str, event: gr.EditData) -> tuple[Any, Any]:
         index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
-        return self.before_answer(conversations.with_edited(conversation, index, str(event.value)), language)
+        edited = conversations.with_edited(session.conversation, index, str(event.value))
+        return self.begin(session, edited, language)
 
-    def before_answer(self, conversation: Conversation, language: str) -> tuple[Any, Any, Any]:
+    def begin(self, session: Session, conversation: Conversation, language: str) -> tuple[Any, Any]:
         """The page while it is busy: nothing can be typed, and the button stops."""
-        chat, _ = self.show(conversation, language)
+        session.conversation = conversation
+        chat, _ = self.show(session, language)
         stop = TEXTS[pick_language(language)]["stop"]
-        return conversation, chat, gr.update(value="", interactive=False, submit_btn=False, stop_btn=stop)
+        return chat, gr.update(value="", interactive=False, submit_btn=False, stop_btn=stop)
 
     def answer(
         self,
-        conversation: Conversation,
+        session: Session,
         language: str,
         system: str | None,
         max_length: int,
@@ -396,9 +411,9 @@ class Page:
         top_p: float,
         functions: list[str],
         tools: str | None,
-    ) -> Iterator[tuple[Any, Any]]:
+    ) -> Iterator[Any]:
         texts = TEXTS[pick_language(language)]
-        if not conversations.without_open_question(conversation)[1]:
+        if not conversations.without_open_question(session.conversation)[1]:
             return
         try:
             described = conversations.read_tools(tools or "") if self.settings.functions is not None else []
@@ -411,45 +426,54 @@ class Page:
             tools=described,
             functions={name: known[name] for name in functions},
         )
+        turn = session.turn = object()
         try:
-            for conversation in answer(*self.loading.get(), conversation, settings):
-                yield conversation, conversations.shown(conversation["messages"], texts)
+            for conversation in answer(*self.loading.get(), session.conversation, settings):
+                if session.turn is not turn:
+                    return
+                session.conversation = conversation
+                yield conversations.shown(conversation["messages"], texts)
         except (TypeError, ValueError) as error:
             raise as_error(str(error)) from error
 
-    def finish(self, saved: Any, conversation: Conversation, language: str) -> tuple[Any, ...]:
+    def finish(self, saved: Any, session: Session, language: str) -> tuple[Any, ...]:
         """The page after an answer. A question without one goes back to where it was typed."""
-        conversation, question = conversations.without_open_question(conversation)
-        saved = conversations.with_saved(conversations.read_saved(saved), conversation)
-        chat, box = self.show(conversation, language)
+        session.conversation, question = conversations.without_open_question(session.conversation)
+        saved = conversations.with_saved(conversations.read_saved(saved), session.conversation)
+        chat, box = self.show(session, language)
         box = {**box, "interactive": True, "submit_btn": True, "stop_btn": False}
-        if not question:
-            # A visitor who went on to another conversation in the meantime keeps it.
-            return saved, self.list_chats(saved, conversation), gr.skip(), gr.skip(), box
-        return saved, self.list_chats(saved, conversation), conversation, chat, {**box, "value": question}
+        return saved, self.list_chats(saved, session), chat, {**box, "value": question} if question else box
 
-    def undo(self, saved: Any, conversation: Conversation, language: str) -> tuple[Any, ...]:
-        conversation, question = conversations.without_last_question(conversation)
-        saved, chats, conversation, chat, box = self.go_to(saved, conversation, conversation, language)
-        return saved, chats, conversation, chat, {**box, "value": question}
-
-    def clear(self, saved: Any, conversation: Conversation, language: str) -> tuple[Any, ...]:
+    def undo(self, saved: Any, session: Session, language: str) -> tuple[Any, ...]:
+        conversation, question = conversations.without_last_question(session.conversation)
+        # Otherwise the question would stay in the list of old conversations.
         saved = conversations.without(conversations.read_saved(saved), conversation["id"])
-        fresh = conversations.new_conversation()
-        return self.go_to(saved, fresh, fresh, language)
+        *outputs, box = self.go_to(conversation, conversations.with_saved(saved, conversation), session, language)
+        return *outputs, {**box, "value": question}
 
-    def start(self, saved: Any, conversation: Conversation, language: str) -> tuple[Any, ...]:
-        return self.go_to(saved, conversation, conversations.new_conversation(), language)
+    def clear(self, saved: Any, session: Session, language: str) -> tuple[Any, ...]:
+        saved = conversations.without(conversations.read_saved(saved), session.conversation["id"])
+        return self.go_to(conversations.new_conversation(), saved, session, language)
 
-    def open(self, saved: Any, conversation: Conversation, language: str, wanted: str) -> tuple[Any, ...]:
-        chats = {chat["id"]: chat for chat in conversations.read_saved(saved)}
-        return self.go_to(saved, conversation, chats.get(wanted, conversation), language)
+    def start_new(self, saved: Any, session: Session, language: str) -> tuple[Any, ...]:
+        return self.go_to(conversations.new_conversation(), self.save(saved, session), session, language)
 
-    def go_to(self, saved: Any, left: Conversation, opened: Conversation, language: str) -> tuple[Any, ...]:
-        """Save the conversation that is left, and show another one."""
-        left, _ = conversations.without_open_question(left)
-        saved = conversations.with_saved(conversations.read_saved(saved), left)
-        return saved, self.list_chats(saved, opened), opened, *self.show(opened, language)
+    def open(self, saved: Any, session: Session, language: str, wanted: str) -> tuple[Any, ...]:
+        saved = self.save(saved, session)
+        chats = {chat["id"]: chat for chat in saved}
+        return self.go_to(chats.get(wanted, session.conversation), saved, session, language)
+
+    def save(self, saved: Any, session: Session) -> list[Conversation]:
+        """The old conversations and the one that is open, as far as it was answered."""
+        conversation, _ = conversations.without_open_question(session.conversation)
+        return conversations.with_saved(conversations.read_saved(saved), conversation)
+
+    def go_to(
+        self, conversation: Conversation, saved: list[Conversation], session: Session, language: str
+    ) -> tuple[Any, ...]:
+        """Open another conversation. An answer to this one is not wanted any more."""
+        session.turn, session.conversation = None, conversation
+        return saved, self.list_chats(saved, session), *self.show(session, language)
 
 
 def as_error(message: str) -> gr.Error:
