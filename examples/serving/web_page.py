@@ -80,12 +80,17 @@ CSS = """
 #chats label span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #chats label input { display: none; }
 #chats label.selected { background: var(--color-accent-soft); }
-#theme { font-size: var(--text-xl); padding: 0; }
+#top button { height: 32px; }
+#theme { font-size: var(--text-xl); padding: 0; line-height: 1; }
+#chat pre { padding-right: 36px; }
+#chat .token.punctuation { color: inherit; }
+.dark #chat .token { filter: brightness(1.4); }
 #name h2 { overflow-wrap: anywhere; }
 #top { align-items: center; }
 #progress progress { width: 100%; height: 12px; display: block; }
 #progress .error { color: var(--error-text-color); }
-@media (max-width: 768px) { #top { padding-left: 28px; } #name h2 { font-size: var(--text-lg); } }
+@media (max-width: 768px) { #top { padding-left: 28px; } #name h2 { font-size: var(--text-lg); }
+  #chat pre code { white-space: pre-wrap; overflow-wrap: anywhere; } }
 """
 
 
@@ -174,7 +179,7 @@ class Page:
 
     def build(self) -> gr.Blocks:
         """Make the page."""
-        with gr.Blocks(title=self.settings.name, analytics_enabled=False, fill_height=True) as blocks:
+        with gr.Blocks(title=self.settings.name, analytics_enabled=False, fill_height=True, fill_width=True) as blocks:
             # A component, not a `gr.State`: the browser remembers it.
             self.language = gr.Textbox("en", visible=False)
             # Copied for every visitor, whose events then share one object.
