@@ -364,7 +364,7 @@ def processor_features() -> Any:
 
 
 def processor_has(*features: str) -> bool:
-    return all(processor_features().get(name) for name in features)
+    return all(map(processor_features().get, features))
 
 
 @cache
@@ -435,8 +435,9 @@ def count_threads(num_tasks: int) -> int:
 
     A forked process inherits the note that those threads exist, but not the threads, and would wait for them forever.
     """
-    is_alone = load_openmp() is None or openmp_process not in (None, os.getpid())
-    return 1 if is_alone else min(torch.get_num_threads(), num_tasks)
+    num_threads = min(torch.get_num_threads(), num_tasks)
+    is_alone = num_threads == 1 or load_openmp() is None or openmp_process not in (None, os.getpid())
+    return 1 if is_alone else num_threads
 
 
 def run_tasks(kernel: Kernel, num_tasks: int, *arguments: int) -> None:

@@ -49,14 +49,21 @@ from .kernels_llvm import (
 PROCESSOR_FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16")
 # Rows of the weight that a thread takes at a time: two vectors of 16.
 PANEL_ROWS = 32
-# Rows of the input that are multiplied at a time: with their sums they fill the registers.
+# Rows of the input that are multiplied at a time. With the sums of 12 the registers are full; up to 16 rows are two
+# tiles of 8.
 TILE_ROWS = 12
+FEW_TILE_ROWS = 8
 # Columns that are decoded at a time: 128 KiB of bfloat16, which stay in the second cache.
 PANEL_COLUMNS = 2048
 # Columns of a row that are decoded in one step: 16 pairs.
 STEP_COLUMNS = 32
 # Rows of the input that are put in order at a time, so that long inputs take no more memory.
 INPUT_ROWS = 2048
+
+
+def choose_tile_rows(num_rows: int) -> int:
+    """Rows of a tile for an input of so many rows."""
+    return FEW_TILE_ROWS if num_rows <= 2 * FEW_TILE_ROWS else TILE_ROWS
 
 
 def load_pairs(program: Program, address: Any, dtype: torch.dtype) -> Any:
@@ -86,30 +93,30 @@ def transpose(program: Program, rows: list[Any]) -> list[Any]:
 
 
 class PackingProgram(TasksProgram):
-    """A function that rounds the input to bfloat16, in tiles of 12 rows: `[tiles, in / 2, 12, 2]`.
+    """A function that rounds the input to bfloat16, in tiles of some rows: `[tiles, in / 2, tile_rows, 2]`.
 
     Rows behind the last one are the last one again.
     """
 
     features = PROCESSOR_FEATURES
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, tile_rows: int) -> None:
+        self.dtype, self.tile_rows = dtype, tile_rows
         super().__init__(("next_tile", "num_tiles", "x", "num_rows", "in_features", "packed"), 1, "num_tiles")
 
     def work(self, tile: Any) -> None:
         arguments = self.arguments
         last_row = self.sum(arguments["num_rows"], -1)
-        rows = [self.smaller(self.sum((tile, TILE_ROWS), step), last_row) for step in range(TILE_ROWS)]
+        rows = [self.smaller(self.sum((tile, self.tile_rows), step), last_row) for step in range(self.tile_rows)]
         rows = [self.sum(arguments["x"], (self.sum((row, arguments["in_features"])), 2)) for row in rows]
-        target = self.sum(arguments["packed"], (self.sum((tile, arguments["in_features"])), 2 * TILE_ROWS))
+        target = self.sum(arguments["packed"], (self.sum((tile, arguments["in_features"])), 2 * self.tile_rows))
 
         def pack(column: Any, _: list[Any]) -> list[Any]:
             pairs = [load_pairs(self, self.sum(row, (column, 2)), self.dtype) for row in rows]
-            pairs += [self.constant(0, INTS)] * (16 - TILE_ROWS)
+            pairs += [self.constant(0, INTS)] * (16 - self.tile_rows)
             for number, vector in enumerate(transpose(self, pairs)):
-                place = self.sum(target, (column, 2 * TILE_ROWS), 4 * TILE_ROWS * number)
-                self.store(self.pick(vector, range(TILE_ROWS)), place)
+                place = self.sum(target, (column, 2 * self.tile_rows), 4 * self.tile_rows * number)
+                self.store(self.pick(vector, range(self.tile_rows)), place)
             return []
 
         self.loop(self.constant(0), arguments["in_features"], STEP_COLUMNS, [], pack)
@@ -132,14 +139,21 @@ class MatmulProgram(TasksProgram):
         group_size: columns of int4 codes that share a scale; `None` for whole rows.
         scale_dtype: of the weight's scales, if any.
         dtype: of the bias and the output, float16 or bfloat16.
+        tile_rows: rows of the input that are multiplied at a time.
     """
 
     features = PROCESSOR_FEATURES
 
     def __init__(
-        self, bits: int | None, group_size: int | None, scale_dtype: torch.dtype | None, dtype: torch.dtype
+        self,
+        bits: int | None,
+        group_size: int | None,
+        scale_dtype: torch.dtype | None,
+        dtype: torch.dtype,
+        tile_rows: int,
     ) -> None:
         self.bits, self.group_size, self.scale_dtype, self.dtype = bits, group_size, scale_dtype, dtype
+        self.tile_rows = tile_rows
         super().__init__(MATMUL_ARGUMENTS, PANEL_ROWS, "out_features")
 
     def begin(self) -> None:
@@ -165,7 +179,7 @@ class MatmulProgram(TasksProgram):
             self.loop(self.constant(0), tiles, 1, [], lambda tile, _: self.multiply_tile(tile, start, num_pairs))
             return []
 
-        self.loop(self.constant(0), self.sum((arguments["num_tiles"], 2 * TILE_ROWS)), 1, [], clear)
+        self.loop(self.constant(0), self.sum((arguments["num_tiles"], 2 * self.tile_rows)), 1, [], clear)
         self.loop(self.constant(0), arguments["in_features"], PANEL_COLUMNS, [], multiply)
         self.loop(self.constant(0), arguments["num_rows"], 1, [], lambda input_row, _: self.finish(row, input_row))
 
@@ -214,25 +228,25 @@ class MatmulProgram(TasksProgram):
         return self.call("llvm.x86.avx512bf16.cvtneps2bf16.512", self.vector(BFLOATS.element, 16), floats)
 
     def multiply_tile(self, tile: Any, start: Any, num_pairs: Any) -> list[Any]:
-        """Add the products of the panel and of 12 rows of the input to their sums."""
+        """Add the products of the panel and of the rows of a tile of the input to their sums."""
         builder = self.builder
-        sums_address = self.sum(self.sums, (tile, 4 * PANEL_ROWS * TILE_ROWS))
+        sums_address = self.sum(self.sums, (tile, 4 * PANEL_ROWS * self.tile_rows))
         packed = self.sum((tile, self.arguments["in_features"]), start)
-        packed = self.sum(self.arguments["packed"], (packed, 2 * TILE_ROWS))
+        packed = self.sum(self.arguments["packed"], (packed, 2 * self.tile_rows))
 
         def multiply_pairs(pair: Any, sums: list[Any]) -> list[Any]:
             panel = self.sum(self.panel, (pair, 4 * PANEL_ROWS))
             weights = [self.load(self.sum(panel, 64 * half), BFLOATS) for half in (0, 1)]
             changed: list[Any] = []
-            for row in range(TILE_ROWS):
-                inputs = self.load(self.sum(packed, (pair, 4 * TILE_ROWS), 4 * row), INT32)
+            for row in range(self.tile_rows):
+                inputs = self.load(self.sum(packed, (pair, 4 * self.tile_rows), 4 * row), INT32)
                 inputs = builder.bitcast(self.spread(inputs, INTS.count), BFLOATS)
                 for weight in weights:
                     total = sums[len(changed)]
                     changed.append(self.call("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, total, weight, inputs))
             return changed
 
-        places = [self.sum(sums_address, 64 * number) for number in range(2 * TILE_ROWS)]
+        places = [self.sum(sums_address, 64 * number) for number in range(2 * self.tile_rows)]
         sums = [self.load(place, FLOATS) for place in places]
         sums = self.loop(self.constant(0), num_pairs, 1, sums, multiply_pairs)
         for place, total in zip(places, sums):
@@ -286,8 +300,9 @@ def find_matmul(
             return None
     if not can_add_bias(bias, x, weight):
         return None
-    packing = compile_kernel(PackingProgram, x.dtype)
-    product = compile_kernel(MatmulProgram, bits, group_size, scale_dtype, x.dtype)
+    tile_rows = choose_tile_rows(num_rows)
+    packing = compile_kernel(PackingProgram, x.dtype, tile_rows)
+    product = compile_kernel(MatmulProgram, bits, group_size, scale_dtype, x.dtype, tile_rows)
     return None if packing is None or product is None else (packing, product)
 
 
@@ -300,16 +315,17 @@ def multiply_matrices(
 ) -> torch.Tensor:
     """`x @ weight^T + bias` by what `find_matmul` found, `[rows, in]` -> `[rows, out]`."""
     packing, product = kernels
+    tile_rows = choose_tile_rows(len(x))
     in_features, out_features = x.shape[1], weight.shape[0]
     output = x.new_empty((len(x), out_features))
     num_threads = count_threads(-(-out_features // PANEL_ROWS))
     scales = (0, 0) if weight_scale is None else (weight_scale.data_ptr(), weight_scale.numel() // out_features)
     own_bias = (NO_BIAS_ADDRESS, 0) if bias is None else (bias.data_ptr(), 2)
     for rows, target in zip(x.contiguous().split(INPUT_ROWS), output.split(INPUT_ROWS)):
-        num_tiles = -(-len(rows) // TILE_ROWS)
-        packed = x.new_empty((num_tiles, in_features, TILE_ROWS), dtype=torch.bfloat16)
+        num_tiles = -(-len(rows) // tile_rows)
+        packed = x.new_empty((num_tiles, in_features, tile_rows), dtype=torch.bfloat16)
         run_tasks(packing, num_tiles, num_tiles, rows.data_ptr(), len(rows), in_features, packed.data_ptr())
-        memory_bytes = 2 * PANEL_ROWS * PANEL_COLUMNS + 4 * PANEL_ROWS * TILE_ROWS * num_tiles
+        memory_bytes = 2 * PANEL_ROWS * PANEL_COLUMNS + 4 * PANEL_ROWS * tile_rows * num_tiles
         memory = torch.empty((num_threads, memory_bytes), dtype=torch.uint8)
         own_memory = (0, memory.data_ptr(), memory_bytes)
         weights = (weight.data_ptr(), weight.nbytes // out_features, *scales)

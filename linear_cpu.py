@@ -49,9 +49,10 @@ from .kernels_matmul import find_matmul, multiply_matrices
 
 # Columns that a kernel multiplies at a time.
 STEP_COLUMNS = 32
-# Rows of input up to which the kernels are faster than torch. Measured on an AVX-512 processor with the shapes of
-# ChatGLM3-6B.
+# Rows of input up to which the kernels are faster than torch, and up to which they are faster than products of float16
+# in pairs of bfloat16. Measured on an AVX-512 processor with the shapes of ChatGLM3-6B.
 MAX_ROWS = {torch.bfloat16: 16, torch.float16: 32}
+MAX_ROWS_WITH_PAIRS = {**MAX_ROWS, torch.float16: 12}
 # Rows of float16 from which on converting the weight costs less than torch's product of float16 takes longer.
 MIN_CONVERTED_ROWS = 8
 # Rows of the weight that are converted at a time, so that they stay in the processor's cache.
@@ -124,11 +125,17 @@ class FloatProgram(RowsProgram):
         return total
 
 
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows of input up to which the kernels of this file are the fastest."""
+    has_pairs = dtype == torch.float16 and is_slow_in_float16() and multiplies_pairs(torch.bfloat16)
+    return (MAX_ROWS_WITH_PAIRS if has_pairs else MAX_ROWS).get(dtype, 0)
+
+
 def find_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Kernel | None:
     """The kernel that multiplies an input `[..., in]` with this weight, if there is one."""
     out_features, in_features = weight.shape
     num_rows = x.numel() // in_features if in_features else 0
-    if not 0 < num_rows <= MAX_ROWS.get(x.dtype, 0) or in_features % STEP_COLUMNS != 0 or out_features == 0:
+    if not 0 < num_rows <= most_rows(x.dtype) or in_features % STEP_COLUMNS != 0 or out_features == 0:
         return None
     is_known = weight.dtype == x.dtype and weight.is_cpu and x.is_cpu and weight.is_contiguous()
     if not is_known or x.shape[-1] != in_features or not can_add_bias(bias, x, weight):

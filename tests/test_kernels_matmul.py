@@ -29,7 +29,7 @@ SHAPES = ((32, 128), (45, 384), (70, 2176))
 @pytest.fixture(scope="module")
 def matmul(source: Callable[[str], ModuleType]) -> ModuleType:
     module = source("kernels_matmul")
-    if module.compile_kernel(module.PackingProgram, torch.float16) is None:
+    if module.compile_kernel(module.PackingProgram, torch.float16, 12) is None:
         pytest.skip("needs a processor that multiplies bfloat16, and llvmlite")
     return module
 
@@ -94,6 +94,23 @@ def test_scales_of_other_dtypes(scale_dtype: torch.dtype, matmul: ModuleType, ke
         weight, scale = random_weight(4, 40, 128, group_size, scale_dtype)
         x = torch.randn(80, 128).bfloat16()
         assert_rounded(kernels.quantized_linear(x, weight, scale), twin(kernels, x, weight, scale, None))
+
+
+def test_several_rows_of_float16_are_multiplied_in_pairs(
+    matmul: ModuleType, source: Callable[[str], ModuleType]
+) -> None:
+    linear_cpu = source("linear_cpu")
+    if not linear_cpu.is_slow_in_float16():
+        pytest.skip("torch is set to another processor")
+    weight = torch.randn(40, 64).half()
+    for num_rows, in_pairs in ((12, False), (13, True)):
+        x = torch.randn(num_rows, 64).half()
+        found = matmul.find_matmul(x, weight, None, None)
+        with torch.no_grad():
+            product = linear_cpu.linear(x, weight, None)
+        exact = x.double() @ weight.double().T
+        assert product.equal(matmul.multiply_matrices(x, weight, None, None, found)) is in_pairs
+        torch.testing.assert_close(product.double(), exact, rtol=1e-2, atol=0.1)
 
 
 def test_long_inputs_are_multiplied_in_parts(

@@ -81,7 +81,7 @@ def test_products_are_rounded_once(
     dtype: torch.dtype, bias: bool, out_features: int, in_features: int, linear_cpu: ModuleType, count_kernels: Any
 ) -> None:
     layer = make_layer(linear_cpu, out_features, in_features, dtype, bias)
-    for num_rows in (1, 2, 3, 4, 5, linear_cpu.MAX_ROWS[dtype]):
+    for num_rows in (1, 2, 3, 4, 5, linear_cpu.most_rows(dtype)):
         x = torch.randn(num_rows, in_features).to(dtype)
         with torch.no_grad():
             product = layer(x)
