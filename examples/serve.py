@@ -21,6 +21,7 @@ It needs `pip install -r requirements/serving.txt`; docs/serving.md shows every 
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -77,8 +78,8 @@ def read_adapters(words: list[str]) -> dict[str, Path]:
 def check_limits(arguments: argparse.Namespace) -> None:
     for name in ("max_requests", "max_prompt", "max_body", "max_seconds", "cache_tokens"):
         value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be a number above 0, not {value}")
 
 
 def main() -> int:
@@ -128,7 +129,7 @@ def main() -> int:
             host=arguments.host,
             port=arguments.port,
             log_level="warning",
-            timeout_graceful_shutdown=int(limits.seconds),
+            timeout_graceful_shutdown=math.ceil(limits.seconds),
         )
     finally:
         models.stop()

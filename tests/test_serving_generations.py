@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REFERENCE, auto_classes_left_alone
-from generations import GENERATION_CASES, RECORDED, ROLE_CASES, every_generation_case
+from generations import GENERATION_CASES, GENERATIONS, RECORDED, ROLE_CASES, every_generation_case
 from serving_help import (
     WEATHER,
     Limits,
@@ -43,7 +43,9 @@ from serving_help import (
 httpx = pytest.importorskip("httpx", reason="needs requirements/serving.txt: make test-programs")
 openai = pytest.importorskip("openai", reason="needs requirements/serving.txt: make test-programs")
 
+from local_code import load_module  # noqa: E402
 from serving.engines import BatchingEngine, QueueEngine  # noqa: E402
+from serving.reading import Call, reader_for  # noqa: E402
 
 
 pytestmark = [pytest.mark.programs, pytest.mark.usefixtures("leave_the_auto_classes_alone")]
@@ -305,12 +307,50 @@ def test_tools_that_take_plain_text(scene: Scene) -> None:
     assert "print(1)" in decoded
 
 
+ANSWERS = (
+    "\n 你好",
+    "你好, world!  \n\n 再见 \n",
+    "get_weather\n```python\ntool_call(city='巴黎')\n```",
+    'get_weather\n{"city": "Rome"}<|assistant|>\n done <|assist',
+    '\n let me see<|assistant|>get_weather\n{"city": "Rome"}',
+    "interpreter\n```python\nprint(1)\n```",
+    "no name at all\nand a second line",
+    "python\nprint('<|assistant|>')",
+    "",
+    "a" * 70 + "\nb",
+)
+
+
+@pytest.mark.parametrize("version", GENERATIONS)
+@pytest.mark.parametrize("has_tools", [True, False])
+def test_an_answer_is_read_alike_in_pieces_of_any_size(version: str, has_tools: bool) -> None:
+    chat_format = load_module("conversation_chatglm").conversation_format(version)
+
+    def read(text: str, size: int) -> tuple[str, list[Any]]:
+        reader = reader_for(chat_format, has_tools)
+        pieces = [text[start : start + size] for start in range(0, len(text), size)]
+        items = [item for piece in [*pieces, None] for item in reader(piece)]
+        return "".join(item for item in items if isinstance(item, str)), [
+            item for item in items if isinstance(item, Call)
+        ]
+
+    for answer in ANSWERS:
+        whole, calls = read(answer, max(len(answer), 1))
+        assert read(answer, 1) == read(answer, 3) == (whole, calls)
+        response = chat_format.read_answer(answer, [])[0]
+        if "<|assistant|>" not in answer and not calls and isinstance(response, str):
+            assert whole == response
+
+
 @pytest.fixture
-def endless(served: Callable[[str], tuple[str, Any]]) -> Iterator[tuple[str, ScriptedEngine, Metrics]]:
+def endless(
+    request: pytest.FixtureRequest, served: Callable[[str], tuple[str, Any]]
+) -> Iterator[tuple[str, ScriptedEngine, Metrics]]:
     """A server whose answers never end."""
     default = served("chatglm3")[1].default
     metrics = Metrics()
-    models, engine = scripted(default.model, default.tokenizer, metrics, seconds=1.0)
+    seconds = getattr(request, "param", 1.0)
+    models, engine = scripted(default.model, default.tokenizer, metrics, seconds=seconds)
     engine.ids = None
     with serving(models, metrics, Limits(requests=2)) as url:
         yield url, engine, metrics
@@ -340,14 +380,14 @@ def test_more_requests_than_allowed(endless: tuple[str, ScriptedEngine, Metrics]
     assert all(answer.json()["status"] == answer.status_code for answer in answers)
 
 
+@pytest.mark.parametrize("endless", [600.0], indirect=True)
 @pytest.mark.parametrize("is_streamed", [True, False])
 def test_a_client_that_goes_away(endless: tuple[str, ScriptedEngine, Metrics], is_streamed: bool) -> None:
     url, engine, metrics = endless
-    engine_limit = 600.0
     body = {**BODY, "stream": is_streamed}
     with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=0.3) as client:
         client.post(f"{url}/v1/chat/completions", json=body)
-    wait_until(lambda: engine.num_cancelled == 1, engine_limit)
+    wait_until(lambda: engine.num_cancelled == 1)
     wait_until(lambda: metrics.registry.get_sample_value("chatglm_answers_running") == 0)
 
 

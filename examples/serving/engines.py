@@ -70,6 +70,7 @@ class BatchingEngine:
     def __init__(self, model: PreTrainedModel, cache_tokens: int) -> None:
         self.model = model
         self.num_blocks = max(-(-cache_tokens // PAGE_SIZE), 1)
+        self.is_stopping = False
         self.manager = self._new_manager()
 
     @property
@@ -83,9 +84,7 @@ class BatchingEngine:
             eos_token_id=self.model.generation_config.eos_token_id,
             pad_token_id=self.model.generation_config.pad_token_id,
         )
-        settings = ContinuousBatchingConfig(
-            page_size=PAGE_SIZE, num_blocks=self.num_blocks, max_batch_tokens=BATCH_TOKENS
-        )
+        settings = ContinuousBatchingConfig(num_blocks=self.num_blocks, max_batch_tokens=BATCH_TOKENS)
         manager = self.model.init_continuous_batching(generation_config=config, continuous_batching_config=settings)
         manager.logit_processor = request_processors()
         manager.start()
@@ -93,8 +92,15 @@ class BatchingEngine:
 
     def start(self, answer: AnswerStream) -> None:
         """See `Engine.start`; a thread that died of an error is replaced, so that the next request is answered."""
-        if self.manager.background_thread_status.fatal_error is not None:
+        is_begun = self._begin(answer)
+        if not is_begun and not self.is_stopping:
             self.manager = self._new_manager()
+            is_begun = self._begin(answer)
+        if not is_begun:
+            answer.fail(RequestError("The server is stopping.", status=503))
+
+    def _begin(self, answer: AnswerStream) -> bool:
+        """Hand an answer to the thread; whether it takes any."""
         manager, settings = self.manager, answer.settings
         # Never a name that a client chose: two with the same one would read each other's answers.
         request_id = uuid.uuid4().hex
@@ -112,7 +118,7 @@ class BatchingEngine:
 
         answer.stop_generating = partial(self._cancel, manager, request_id)
         manager.register_result_handler(request_id, take)
-        started = manager.add_request(
+        taken = manager.add_request(
             answer.prompt_ids,
             request_id=request_id,
             max_new_tokens=settings.max_new_tokens,
@@ -121,8 +127,7 @@ class BatchingEngine:
             temperature=settings.temperature,
             top_p=settings.top_p,
         )
-        if started is None:
-            answer.fail(RequestError("The server is stopping.", status=503))
+        return taken is not None
 
     @staticmethod
     def _cancel(manager: Any, request_id: str) -> None:
@@ -135,6 +140,7 @@ class BatchingEngine:
 
     def stop(self) -> None:
         """See `Engine.stop`."""
+        self.is_stopping = True
         self.manager.stop(block=True)
 
 

@@ -21,6 +21,7 @@ answers a long prompt with status 500.
 
 import asyncio
 import functools
+import inspect
 import json
 import uuid
 from collections.abc import AsyncGenerator
@@ -35,7 +36,7 @@ from openai.types.chat.chat_completion_chunk import ChoiceDeltaToolCall
 from openai.types.completion_usage import CompletionUsage
 
 # The one place that imports the server of Transformers. The library keeps it for its own command line and promises
-# nothing about it (checked with 5.17 to 5.23); its command can load no model with code of its own.
+# nothing about it (run with 5.17.0 and 5.23.0); its command can load no model with code of its own.
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.server import build_server
@@ -276,15 +277,9 @@ def build_openai_door(models: Models) -> FastAPI:
     manager, state = ModelList(models), GenerationState()
     chat, text = ChatHandler(manager, state), TextHandler(manager, state)
     chat.models = text.models = models
-    nobody = None
-    app: FastAPI = build_server(
-        manager,
-        chat,
-        completion_handler=text,
-        response_handler=nobody,
-        transcription_handler=nobody,
-        systemone_handler=nobody,
-        generation_state=state,
-    )
+    # Newer versions have more kinds of requests, which lead nowhere here.
+    others = [name for name in inspect.signature(build_server).parameters if name.endswith("_handler")]
+    handlers = {**dict.fromkeys(others), "chat_handler": chat, "completion_handler": text}
+    app: FastAPI = build_server(manager, **handlers, generation_state=state)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
     return app

@@ -21,7 +21,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.generation import LogitsProcessorList
 
-# Not in the library's public namespace (Transformers 5.17 to 5.23), which has settings of a request for temperatures
+# Not in the library's public namespace (run with Transformers 5.17.0 and 5.23.0), which has settings of a request for temperatures
 # above zero only: its greedy decoding is a choice for all requests.
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
