@@ -13,8 +13,8 @@
 # limitations under the License.
 """Fine-tunes a ChatGLM checkpoint: `python examples/finetune.py examples/configs/lora.yaml --learning_rate 1e-4`.
 
-Methods: `full`, `freeze` (the last layers), `lora`, `adalora`, `prompt_tuning` (all three PEFT's) and `ptuning` (P-tuning
-v2). Settings come from a YAML file, the command line, or both; the command line wins. Every one of the library's
+Methods: `full`, `freeze` (the last layers), `lora`, `adalora`, `prompt_tuning` (all three PEFT's), `ptuning` (P-tuning
+v2), and `cloze`, which `finetune_cloze.py` describes. Settings come from a YAML file, the command line, or both; the command line wins. Every one of the library's
 `TrainingArguments` is a setting. `finetune_files.py` and `finetune_formats.py` say what data is read. With `accelerate
 launch` in place of `python` it runs in several processes.
 
@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from finetune_cloze import is_cloze
+from finetune_cloze import main as finetune_cloze
 from finetune_data import (
     DataArguments,
     Encoded,
@@ -173,9 +175,12 @@ def train(job: Job) -> None:
 
 def main(words: list[str] | None = None) -> int:
     """Run the program with the words of a command line, those of this process by default."""
+    words = sys.argv[1:] if words is None else words
+    if is_cloze(words):
+        return finetune_cloze(words)
     job = None
     try:
-        job = prepare(*read_arguments(sys.argv[1:] if words is None else words, description=__doc__))
+        job = prepare(*read_arguments(words, description=__doc__))
         train(job)
     except KeyboardInterrupt:
         print("interrupted; `resume: auto` goes on from the last checkpoint", file=sys.stderr)

@@ -16,7 +16,7 @@
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -196,13 +196,22 @@ def read_arguments(
             go together.
     """
     classes = (ModelArguments, DataArguments, RunArguments)
-    if words and words[0].endswith((".yaml", ".yml")):
-        known = {item.name for kind in classes for item in fields(kind)}
-        words = [*_words_of_file(Path(words[0]), known), *words[1:]]
     parser = ArgumentParser(classes, description=description, allow_abbrev=False)
-    model, data, run = parser.parse_args_into_dataclasses(words)
+    model, data, run = parser.parse_args_into_dataclasses(expand_file(words, classes))
     check_arguments(model, data, run)
     return model, data, run
+
+
+def expand_file(words: list[str], classes: Sequence[type]) -> list[str]:
+    """Words of a command line, with those that a YAML file in the first place stands for.
+
+    Raises:
+        OSError, ValueError: for an unreadable file or an unknown name.
+    """
+    if not words or not words[0].endswith((".yaml", ".yml")):
+        return words
+    known = {item.name for kind in classes for item in fields(kind)}
+    return [*_words_of_file(Path(words[0]), known), *words[1:]]
 
 
 def _words_of_file(path: Path, known: set[str]) -> list[str]:

@@ -57,8 +57,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokenization = load_module("tokenization_chatglm")
     settings = folder / "tokenizer_config.json"
     name = read_json_object(settings).get("tokenizer_class") if settings.is_file() else None
-    # `AutoTokenizer` can hold one class for a configuration, and GLM-4 has one of its own.
-    return getattr(tokenization, str(name), tokenization.ChatGLMTokenizer).from_pretrained(folder)
+    # `AutoTokenizer` can hold one class for a configuration, and GLM-4 and GLM have their own.
+    default = getattr(load_module("tokenization_glm"), str(name), tokenization.ChatGLMTokenizer)
+    return getattr(tokenization, str(name), default).from_pretrained(folder)
 
 
 def check_model_type(folder: str | Path) -> None:

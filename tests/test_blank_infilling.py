@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 KINDS = ("chinese", "gpt2")
 FILES = REFERENCE / "glm-pretraining"
 # Sizes of the samples of statistics.json that are drawn again: in the suite, and in the long run.
-SMALL, LARGE = 1500, 100_000
+SMALL, LARGE = 800, 100_000
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +27,7 @@ from conftest import REFERENCE, Case
 from generations import CAUSAL_CASES, GENERATION_CASES
 from safetensors.torch import load_file
 from test_glm import write_folder
+from test_tokenization_glm import CLASSES
 from transformers import PreTrainedModel
 
 
@@ -115,6 +116,12 @@ def blank_model(
     return model
 
 
+@pytest.fixture(scope="module")
+def glm_tokenizer(source: Callable[[str], ModuleType], reference_dir: Path) -> Callable[[str], Any]:
+    module = source("tokenization_glm")
+    return cache(lambda name: getattr(module, CLASSES[name]).from_pretrained(reference_dir / name))
+
+
 @every_glm
 def test_blanks_of_glm_are_filled_as_recorded(
     name: str, case: Callable[[str], Case], blank_model: Callable[[str], PreTrainedModel]
@@ -125,6 +132,22 @@ def test_blanks_of_glm_are_filled_as_recorded(
     filled = blank_model(name).infill(tokenizer, text, max_new_tokens=recorded["out_seq_length"])
     assert filled.span_ids == [span[1:] for span in recorded["spans"]]
     assert filled.spans == [tokenizer.decode(span[1:]) for span in recorded["spans"]]
+
+
+@every_glm
+def test_text_is_filled_as_recorded(
+    name: str,
+    case: Callable[[str], Case],
+    blank_model: Callable[[str], PreTrainedModel],
+    glm_tokenizer: Callable[[str], Any],
+) -> None:
+    """The same from the text itself, by the tokenizer of the checkpoint."""
+    recorded, tokenizer = case(name).expected["blanks"], glm_tokenizer(name)
+    filled = blank_model(name).infill(tokenizer, recorded["text"], max_new_tokens=recorded["out_seq_length"])
+    assert filled.span_ids == [span[1:] for span in recorded["spans"]]
+    assert not any(mask in filled.text for mask in ("[MASK]", "[sMASK]", "[gMASK]"))
+    parts = recorded["text"].replace("[sMASK]", "[MASK]").split("[MASK]")
+    assert filled.text.startswith(parts[0] + filled.spans[0]) and filled.text.endswith(parts[-1])
 
 
 @pytest.mark.parametrize("kind", ["mask", "smask", "gmask", "none", "many", "end_mask"])
@@ -226,6 +249,18 @@ def test_choices_are_scored_as_recorded(name: str, blank_model: Callable[[str], 
     texts = [tokenizer.write(row[1 : length - 1]) for row, length in zip(batch["text"], batch["mask"])]
     found = model.score_choices(tokenizer, texts, [[[token] for token in row] for row in batch["target"]])
     close(found, scores[f"{kind}.single_softmax.scores_hf"])
+
+
+@every_glm
+def test_choices_of_multiple_choice_are_scored_as_recorded(
+    name: str,
+    case: Callable[[str], Case],
+    blank_model: Callable[[str], PreTrainedModel],
+    glm_tokenizer: Callable[[str], Any],
+) -> None:
+    recorded, tensors = case(name).expected["mc"], case(name).tensors
+    found = blank_model(name).score_choices(glm_tokenizer(name), recorded["texts"], recorded["choices"])
+    close(found, tensors["mc.scores"])
 
 
 @pytest.mark.parametrize("task", ["choice_single", "choice_multi"])
