@@ -197,8 +197,9 @@ def site(chromium: Any) -> Iterator[Site]:
         finish = loading_model.finish
 
         def finish_paced(loading: Any, model: Any, tokenizer: Any) -> None:
-            site.model = PacedModel(model)
-            finish(loading, site.model, tokenizer)
+            if site.model is None:
+                model = site.model = PacedModel(model)
+            finish(loading, model, tokenizer)
 
         patch.setattr(loading_model, "finish", finish_paced)
         patch.setattr(sys, "argv", ["web_demo.py", str(BUNDLED), "--port", str(site.port), "--dtype", "float32"])
@@ -402,6 +403,25 @@ def test_who_leaves_stops_the_answer(site: Site) -> None:
             break
         ended.wait(0.05)
     assert "Good night!" in site.model.ended
+
+
+@pytest.mark.parametrize("name", ["chatglm1", "chatglm2", "chatglm3", "glm4"])
+def test_every_generation_has_its_page(site: Site, reference_dir: Path, name: str) -> None:
+    models, page = load_part("models"), load_part("web_page")
+    settings = page.PageSettings.of_folder(reference_dir / name, {"f": print}, concurrency=1)
+    assert (settings.functions is not None) == (name in ("chatglm3", "glm4"))
+    most, length = settings.max_length
+    assert 0 < length <= most and 0 <= settings.generation["temperature"] <= 2
+    for bits in (4, 8):
+        loading = load_part("web_loading").LoadingModel()
+        loading.load(models.LoadSettings(folder=reference_dir / name, device="cpu", bits=bits))
+        model, _ = loading.get()
+        assert model.config.quantization_bit == bits and loading.fraction == 1
+        assert page.Page(settings, loading).build().fns
+    broken = load_part("web_loading").LoadingModel()
+    with pytest.raises(OSError):
+        broken.load(models.LoadSettings(folder=reference_dir / "nothing", device="cpu"))
+    assert broken.wait(0) and "nothing" in broken.error
 
 
 def test_a_wrong_folder_ends_in_one_line(
