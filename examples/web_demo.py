@@ -61,7 +61,7 @@ def main() -> int:
                 bits=arguments.quantize,
             )
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     blocks.block_thread()

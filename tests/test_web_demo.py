@@ -418,10 +418,18 @@ def test_every_generation_has_its_page(site: Site, reference_dir: Path, name: st
         model, _ = loading.get()
         assert model.config.quantization_bit == bits and loading.fraction == 1
         assert page.Page(settings, loading).build().fns
-    broken = load_part("web_loading").LoadingModel()
-    with pytest.raises(OSError):
-        broken.load(models.LoadSettings(folder=reference_dir / "nothing", device="cpu"))
-    assert broken.wait(0) and "nothing" in broken.error
+
+
+def test_a_folder_that_cannot_be_loaded(site: Site, tmp_path: Path) -> None:
+    folder = shutil.copytree(BUNDLED, tmp_path / "folder")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    loading = load_part("web_loading").LoadingModel()
+    with pytest.raises(ValueError, match="folder cannot be loaded: .*header"):
+        loading.load(load_part("models").LoadSettings(folder=folder, device="cpu"))
+    assert loading.wait(0) and "header" in loading.error
+    with pytest.raises(ValueError, match="header"):
+        loading.get()
 
 
 def test_a_wrong_folder_ends_in_one_line(

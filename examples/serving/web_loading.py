@@ -46,14 +46,15 @@ class LoadingModel:
         """Load a checkpoint folder.
 
         Raises:
-            OSError, ValueError, RuntimeError: what the library says, which visitors see too.
+            ValueError: with what the libraries say, which visitors see too.
         """
         previous = logging.set_tqdm_hook(self._watch)
         try:
             self.finish(load_base(settings).eval(), load_tokenizer(settings.folder))
+        # Libraries raise kinds of their own, such as safetensors for a file that was cut off.
         except Exception as error:
             self.fail(str(error))
-            raise
+            raise ValueError(f"{settings.folder} cannot be loaded: {error}") from error
         finally:
             logging.set_tqdm_hook(previous)
 
