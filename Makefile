@@ -8,6 +8,7 @@
 #   make test-grid                        every way of fine-tuning, every compiled GPU kernel, the longest runs
 #   make test-programs                    programs of others, such as lm_eval, on all generations
 #   make test-browser                     the web page in Chromium, which the machine has to bring
+#   make fuzz                             hostile input, EXAMPLES=5000 of each kind
 #   make conformance                      Transformers' own tests of models and tokenizers
 #   make bench                            every benchmark, small enough for a laptop
 #   make bench ARGS='peers --full'        one of them, as the figures in docs/ were made
@@ -19,6 +20,8 @@ MODEL ?= examples/tiny-chatglm3
 ARGS ?=
 # Tests that run at the same time.
 WORKERS ?= 2
+# Inputs of each kind that `make fuzz` tries.
+EXAMPLES ?= 5000
 
 NEWEST := .venv
 FLOOR := .venv-floor
@@ -27,7 +30,7 @@ CONFORMANCE := .conformance
 # The files mlinter has rules for.
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py tokenization_*.py generation_*.py)
 
-.PHONY: setup chat test test-grid test-floor test-programs test-browser conformance style fix bench bench-gpu docs-check
+.PHONY: setup chat test test-grid test-floor test-programs test-browser fuzz conformance style fix bench bench-gpu docs-check
 
 setup: $(NEWEST)/installed
 
@@ -48,6 +51,10 @@ test-programs: $(PROGRAMS)/installed
 
 test-browser: $(PROGRAMS)/installed
 	$(PROGRAMS)/bin/python -m pytest -m browser $(ARGS)
+
+# In the environment that has the server's packages, so that its doors are among them.
+fuzz: $(PROGRAMS)/installed
+	FUZZ_EXAMPLES=$(EXAMPLES) $(PROGRAMS)/bin/python -m pytest -n $(WORKERS) tests/fuzz $(ARGS)
 
 conformance: setup $(CONFORMANCE)/unpacked
 	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -o addopts=--strict-markers tests/conformance $(ARGS)

@@ -45,6 +45,7 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17
     )
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring, logging
 
@@ -422,7 +423,11 @@ class ChatGLMConfig(PreTrainedConfig):
         self.model_version = infer_model_version({**kwargs, **own_keys}) or DEFAULT_MODEL_VERSION
         kwargs.pop("model_type", None)
         for name in [name for name in kwargs if name in self.attribute_map]:
-            setattr(self, name, kwargs.pop(name))
+            try:
+                # Under the field's own name, which the library checks the type of.
+                setattr(self, self.attribute_map[name], kwargs.pop(name))
+            except StrictDataclassFieldValidationError as error:
+                raise ValueError(f"`{name}`: {error}") from error
         self._check_inherited(kwargs)
         if self.quantization_bit and kwargs.get("quantization_config") is None:
             kwargs["quantization_config"] = {"quant_method": "chatglm", "bits": self.quantization_bit}

@@ -167,6 +167,9 @@ def test_chatglm_6b_gets_its_own_defaults(config_class: Any) -> None:
         ({"dtype": "nn"}, "dtype.*'nn'"),
         ({"torch_dtype": 16}, "torch_dtype.*16"),
         ({"to_dict": 1}, "`to_dict` is no setting"),
+        ({"layernorm_epsilon": "small"}, "layernorm_epsilon"),
+        ({"layernorm_epsilon": None}, "layernorm_epsilon"),
+        ({"kv_channels": 8.0}, "kv_channels"),
         ({"prefix_lm": True}, "`prefix_lm` is no setting"),
     ],
 )

@@ -108,7 +108,9 @@ def test_another_process_needs_the_folder_and_nothing_else(reference_dir: Path, 
     make_adapter(load(reference_dir / "chatglm1"), "lora", tmp_path / "adapter")
     assert export.main(["merge", "--adapter", str(tmp_path / "adapter"), "--output", str(output)]) == 0
     subprocess.run([sys.executable, "-c", SCRIPT, str(output), str(file)], check=True, cwd=tmp_path, timeout=300)
-    torch.testing.assert_close(torch.load(file).float(), logits(load(output, dtype="auto")), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.load(file, weights_only=True).float(), logits(load(output, dtype="auto")), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize(

@@ -320,7 +320,7 @@ model = AutoModel.from_pretrained(floats, trust_remote_code=True).quantize(8)
 model.chat(tokenizer, "hello", do_sample=False, max_new_tokens=4)
 model = AutoModel.from_pretrained(saved, trust_remote_code=True)
 with torch.no_grad():
-    torch.save((model(torch.load(ids)).logits, model.state_dict()), result)
+    torch.save((model(torch.load(ids, weights_only=True)).logits, model.state_dict()), result)
 """
 
 
@@ -341,8 +341,8 @@ def test_another_process_needs_the_folder_and_nothing_else(case_folder: Named, t
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    logits, state = torch.load(result)
-    assert logits.equal(logits_of(model, torch.load(ids)))
+    logits, state = torch.load(result, weights_only=True)
+    assert logits.equal(logits_of(model, torch.load(ids, weights_only=True)))
     assert state.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert state[name].dtype == tensor.dtype and state[name].equal(tensor), name
