@@ -50,7 +50,7 @@ test-programs: $(PROGRAMS)/installed
 	$(PROGRAMS)/bin/python -m pytest -n $(WORKERS) -m programs $(ARGS)
 
 test-browser: $(PROGRAMS)/installed
-	$(PROGRAMS)/bin/python -m pytest -m browser $(ARGS)
+	$(PROGRAMS)/bin/python -m pytest -m browser tests/test_web_demo.py $(ARGS)
 
 # In the environment that has the server's packages, so that its doors are among them.
 fuzz: $(PROGRAMS)/installed
