@@ -438,6 +438,24 @@ def test_the_text_can_be_rebuilt_from_both_parts(objective: ModuleType, name: st
     assert (tasks[MASK] > 0, tasks[92] > 0) == shares
 
 
+@pytest.mark.parametrize("task", ["token", "sentence"])
+def test_spans_are_written_in_random_order(objective: ModuleType, task: str) -> None:
+    ids, (text,) = make_tokens(objective), make_texts(1, 1, shortest=100, longest=100)
+    text[6:-1:6] = [SENTENCE_END] * len(text[6:-1:6])
+    settings = objective.BlankObjective(masked_share=0.3)
+    orders: Counter = Counter()
+    for seed in range(400):
+        sample = objective.draw_spans_sample(text, task, random.Random(seed), settings, ids)
+        places = [place for place, step in zip(sample.positions, sample.block_positions) if step == 1]
+        orders.update(first > second for first, second in itertools.pairwise(places))
+    # As many ups as downs, within six standard deviations.
+    assert abs(orders[True] - orders[False]) < 6 * sum(orders.values()) ** 0.5
+    ordered = objective.BlankObjective(masked_share=0.3, shuffles_spans=False)
+    sample = objective.draw_spans_sample(text, task, random.Random(0), ordered, ids)
+    places = [place for place, step in zip(sample.positions, sample.block_positions) if step == 1]
+    assert places == sorted(places) and len(places) > 1
+
+
 def test_who_sees_whom_is_as_defined(objective: ModuleType) -> None:
     ids = make_tokens(objective)
     collator = objective.BlankInfillingCollator(ids, objective.OBJECTIVES["glm-10b"], row_length=160)

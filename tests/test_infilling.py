@@ -150,6 +150,26 @@ def test_text_is_filled_as_recorded(
     assert filled.text.startswith(parts[0] + filled.spans[0]) and filled.text.endswith(parts[-1])
 
 
+@every_glm
+def test_what_is_read_is_as_recorded(
+    name: str, case: Callable[[str], Case], source: Callable[[str], ModuleType]
+) -> None:
+    """An answer that was cut off is kept whole, and its last token is never read."""
+    module, tokenizer = source("generation_blanks"), glm_words(GLM_KINDS[name])
+    recorded, tensors = case(name).expected["blanks"], case(name).tensors
+    text = tokenizer.write(recorded["context_ids"][1:-1])
+    blanks = module.find_blanks(module.INFILL_FORMATS["glm"], tokenizer, text)
+    assert [blanks.mask_position(blank) for blank in range(3)] == recorded["mask_positions"]
+    end = tokenizer.special["<|endofpiece|>"]
+    for span in recorded["spans"]:
+        was_cut = len(span) - 1 == recorded["out_seq_length"]
+        blanks.read_answer([*span[1:], *([] if was_cut else [end])], [end])
+    ids, positions, num_context = blanks.append_answers(tokenizer.special["<|startofpiece|>"])
+    assert [ids] == tensors["blanks.fed_ids"].tolist()
+    assert [list(positions)] == tensors["blanks.position_ids"].tolist()
+    assert num_context == len(recorded["context_ids"])
+
+
 @pytest.mark.parametrize("kind", ["mask", "smask", "gmask", "none", "many", "end_mask"])
 def test_blanks_of_glm_130b_are_filled_as_recorded(
     kind: str, case: Callable[[str], Case], blank_model: Callable[[str], PreTrainedModel]

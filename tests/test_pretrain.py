@@ -25,6 +25,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, auto_classes_left_alone
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 pytest.importorskip("datasets")
@@ -74,6 +75,14 @@ def test_a_pretrained_folder_is_complete(programs: SimpleNamespace, pretrained: 
     assert config["model_version"] == "glm" and config["use_cache"] and "AutoModel" in config["auto_map"]
     names = {path.name for path in pretrained.iterdir()}
     assert {path.name for path in REPOSITORY.glob("*.py")} | {"cog-pretrain.model"} <= names
+
+
+def test_a_pretrained_folder_loads_by_itself(pretrained: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(pretrained, trust_remote_code=True)
+    filled = model.infill(tokenizer, "On Monday [MASK] sold two hats in [MASK].", max_new_tokens=3)
+    assert len(filled.spans) == 2
+    assert filled.text.startswith("On Monday ") and filled.text.endswith(".")
 
 
 @pytest.mark.grid
