@@ -20,7 +20,6 @@
 A thread of the engine generates. `start` is called in the event loop, and an answer gets its tokens there.
 """
 
-import copy
 import queue
 import threading
 import uuid
@@ -204,7 +203,6 @@ class QueueEngine:
 
         self.model.generate(
             torch.tensor([answer.prompt_ids], device=self.model.device),
-            generation_config=copy.deepcopy(self.model.generation_config),
             max_new_tokens=settings.max_new_tokens,
             eos_token_id=sorted(answer.stop_ids),
             streamer=TokenCallback(answer),
