@@ -557,6 +557,11 @@ class ChatGLMConfig(PreTrainedConfig):
         return bool(self.position_encoding_2d or self.block_position_encoding)
 
     @property
+    def max_prompt_length(self) -> int:
+        """How many tokens a prompt may have. In GLM the start of an answer stands where its blank does."""
+        return self.max_position_embeddings + self.learned_positions
+
+    @property
     def is_qkv_interleaved(self) -> bool:
         """Whether each head has its query, key and value in a row; otherwise all queries come first, then all keys."""
         return not self.multi_query_attention and self.features.interleaves_heads

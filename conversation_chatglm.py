@@ -481,7 +481,10 @@ def conversation_format(name: str) -> ConversationFormat:
         ValueError: for a generation that `CONVERSATION_FORMATS` does not hold.
     """
     if name not in CONVERSATION_FORMATS:
-        raise ValueError(f"`model_version` must be one of {tuple(CONVERSATION_FORMATS)}, got {name!r}.")
+        raise ValueError(
+            f"`model_version` must be one of {tuple(CONVERSATION_FORMATS)}, got {name!r}. GLM and GLM-130B know no "
+            "conversation: use `generate`."
+        )
     return CONVERSATION_FORMATS[name]
 
 

@@ -277,9 +277,9 @@ class ChatGLMGenerationMixin(GenerationMixin):
                 f"The prompt holds the id {lowest if lowest < 0 else highest}, outside the vocabulary of "
                 f"{self.config.vocab_size} ids. Was it encoded with another model's tokenizer?"
             )
-        if input_ids.shape[1] > self.config.max_position_embeddings:
+        if input_ids.shape[1] > self.config.max_prompt_length:
             raise ValueError(
-                f"The prompt has {input_ids.shape[1]} tokens, more than the {self.config.max_position_embeddings} "
+                f"The prompt has {input_ids.shape[1]} tokens, more than the {self.config.max_prompt_length} "
                 "positions of this model (`seq_length` in its config.json). Shorten the history or the query."
             )
 

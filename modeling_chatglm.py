@@ -469,6 +469,11 @@ class ChatGLMForConditionalGeneration(
             position_ids = None
             if prompt_position_ids is not None:
                 position_ids = cut_positions(prompt_position_ids, num_tokens)
+            elif num_tokens > self.config.max_prompt_length:
+                raise ValueError(
+                    f"Token {num_tokens} is to come, and the model has {self.config.max_prompt_length} positions. Generate "
+                    "fewer tokens, or give the positions of `build_inputs_for_generation`, which stand still in an answer."
+                )
             if generation_attention_mask is not None:
                 cache = kwargs.get("past_key_values")
                 attention_mask = cut_generation_mask(

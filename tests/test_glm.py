@@ -402,6 +402,100 @@ def test_glm_130b_fills_blanks(case: Callable, model: Callable, kind: str) -> No
         assert output[0].tolist() == [token_id for token_id in one["output"] if token_id >= 0]
 
 
+@torch.no_grad()
+def test_glm_130b_generates_in_a_batch(case: Callable, model: Callable) -> None:
+    """Rows with the text before `<sop>` and behind it, with `[gMASK]`, `[MASK]` at the end and within."""
+    recorded, glm = case("glm-130b"), model("glm-130b")
+    lengths = recorded.tensors["generation.context_length"].tolist()
+    assert len(set(lengths)) == 1
+    rows = recorded.tensors["generation.tokens"][:, : lengths[0]]
+    positions = recorded.tensors["generation.position_ids"][:, : lengths[0]]
+    assert glm.get_position_ids(rows).equal(positions)
+    padded = torch.nn.functional.pad(rows, (3, 0), value=2)
+    for ids, mask in ((rows, None), (padded, torch.nn.functional.pad(torch.ones_like(rows), (3, 0)))):
+        output = glm.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=8)[:, ids.shape[1] :].tolist()
+        ends = [[*row, 261].index(261) for row in output]
+        answers = [one["generated"] for one in recorded.expected["generation"]["items"]]
+        assert [row[:end] for row, end in zip(output, ends)] == answers
+
+
+@every_old
+def test_every_way_of_computing_agrees(
+    case: Callable, folder: Callable, model: Callable, chatglm: SimpleNamespace, name: str
+) -> None:
+    tensors, glm = case(name).tensors, model(name)
+    inputs = {"input_ids": tensors["mask.input_ids"]} if name == "glm-130b" else None
+    if inputs is None:
+        inputs = {"input_ids": tensors["single.path_ids"]}
+        length = inputs["input_ids"].shape[1]
+        inputs["position_ids"] = tensors["single.position_ids"][..., :length]
+        inputs["attention_mask"] = tensors["single.generation_attention_mask"][..., :length, :length]
+    load = chatglm.ChatGLMForConditionalGeneration.from_pretrained
+    with torch.no_grad():
+        logits = glm(**inputs).logits
+        eager = load(folder(name), dtype=torch.float32, attn_implementation="eager")
+        assert_close(eager(**inputs).logits, logits)
+        embedded = {**inputs, "inputs_embeds": glm.get_input_embeddings()(inputs["input_ids"]), "input_ids": None}
+        if name == "glm-130b":
+            embedded |= {
+                "position_ids": tensors["mask.position_ids"],
+                "attention_mask": tensors["mask.attention_mask"].bool(),
+            }
+        assert_close(glm(**embedded).logits, logits)
+    with pytest.raises(ValueError, match="would silently drop the mask"):
+        load(folder(name), attn_implementation="flash_attention_2")
+    trained = load(folder(name), hidden_dropout=0.0, attention_dropout=0.0, embedding_dropout=0.0, dtype=torch.float32)
+    gradients = []
+    for enable in (lambda: None, trained.train().gradient_checkpointing_enable):
+        enable()
+        loss = trained(**inputs, labels=inputs["input_ids"]).loss
+        gradients.append(torch.autograd.grad(loss, list(trained.parameters())))
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(*gradients))
+
+
+@every_old
+def test_a_prefix_of_ptuning(case: Callable, folder: Callable, chatglm: SimpleNamespace, name: str) -> None:
+    load = chatglm.ChatGLMForConditionalGeneration.from_pretrained
+    glm = load(folder(name), pre_seq_len=4, dtype=torch.float32)
+    torch.nn.init.normal_(glm.transformer.prefix_encoder.embedding.weight, std=0.5)
+    inputs = (
+        {"inputs": case(name).tensors["mask.input_ids"]}
+        if name == "glm-130b"
+        else builder_inputs(case(name), "single")
+    )
+    answers = [
+        glm.generate(**inputs, do_sample=False, max_new_tokens=6, eos_token_id=1, **options).tolist()
+        for options in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True})
+    ]
+    assert answers[0] == answers[1] == answers[2]
+    assert [one for one, weight in glm.named_parameters() if weight.requires_grad] == [
+        "transformer.prefix_encoder.embedding.weight"
+    ]
+
+
+@every_glm
+def test_what_cannot_be_generated_is_refused(case: Callable, model: Callable, name: str) -> None:
+    glm, inputs = model(name), builder_inputs(case(name), "single")
+    ids, limit = inputs["input_ids"], model(name).config.max_prompt_length
+    with pytest.raises(ValueError, match=f"Token {limit + 1} is to come, and the model has {limit} positions"):
+        glm.generate(ids, do_sample=False, max_new_tokens=limit, eos_token_id=1)
+    with pytest.raises(ValueError, match="generate fewer, or build the inputs with a larger `max_gen_length`"):
+        glm.generate(**inputs, do_sample=False, max_new_tokens=40, eos_token_id=1)
+    with pytest.raises(ValueError, match="`prefill_chunk_size` cannot be used with ChatGLM-6B and the older GLM"):
+        glm.generate(ids, prefill_chunk_size=2)
+    with pytest.raises(ValueError, match="GLM and GLM-130B know no conversation: use `generate`"):
+        glm.chat(None, "你好")
+    # Without the builder's mask from left to right, padding hidden.
+    padded, mask = torch.nn.functional.pad(ids, (3, 0), value=1), torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
+    settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": 1}
+    positions = torch.nn.functional.pad(torch.arange(ids.shape[1]).expand(1, 2, -1) * torch.tensor([[1], [0]]), (3, 0))
+    answer = glm.generate(ids, **settings)[:, ids.shape[1] :]
+    with torch.no_grad():
+        assert answer[0, 0] == glm(ids).logits[0, -1].argmax()
+    again = glm.generate(padded, attention_mask=mask, position_ids=positions, **settings)[:, padded.shape[1] :]
+    assert again[:, :1].equal(answer[:, :1])
+
+
 @every_glm
 @pytest.mark.parametrize("key", ["mc", "mc_left"])
 def test_multiple_choice(case: Callable, folder: Callable, source: Callable, name: str, key: str) -> None:

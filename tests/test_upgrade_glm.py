@@ -68,6 +68,8 @@ def test_a_published_folder_of_glm(
         AutoModelForMultipleChoice: "GLMForMultipleChoice",
         AutoModelForSequenceClassification: "GLMForSequenceClassification",
     }
+    # Every class once is enough.
+    heads = heads if name == "glm-chinese" else {AutoModelForSeq2SeqLM: "GLMForConditionalGeneration"}
     models = {
         auto_class: auto_class.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
         for auto_class in heads
