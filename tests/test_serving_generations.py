@@ -46,6 +46,7 @@ openai = pytest.importorskip("openai", reason="needs requirements/serving.txt: m
 from local_code import load_module  # noqa: E402
 from serving.engines import BatchingEngine, QueueEngine  # noqa: E402
 from serving.reading import Call, reader_for  # noqa: E402
+from serving.sampling import request_processors  # noqa: E402
 
 
 pytestmark = [pytest.mark.programs, pytest.mark.usefixtures("leave_the_auto_classes_alone")]
@@ -305,6 +306,18 @@ def test_tools_that_take_plain_text(scene: Scene) -> None:
     decoded = scene.tokenizer.decode(scene.engine.prompts[-1], skip_special_tokens=False)
     assert f"<|assistant|> {name}" in decoded.replace("<|assistant|>", "<|assistant|> ").replace("  ", " ")
     assert "print(1)" in decoded
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
+def test_top_p_keeps_what_the_library_keeps(spread: float) -> None:
+    processor = request_processors().logits_processor[1]
+    scores = torch.randn(6, 2000) * spread
+    asked = torch.tensor([0.05, 0.5, 0.8, 0.95, 1.0, 0.999]).view(torch.int32)
+    expected = super(type(processor), processor).__call__(scores, asked)
+    kept = processor(scores, asked)
+    assert torch.equal(kept[4], scores[4])
+    for row in (0, 1, 2, 3, 5):
+        assert torch.equal(kept[row].isinf(), expected[row].isinf()) and torch.equal(kept[row], expected[row])
 
 
 ANSWERS = (

@@ -40,13 +40,28 @@ class TemperatureOrGreedy(ContinuousBatchingTemperatureLogitsWarper):
         return torch.where(is_greedy, best, scores / temperatures.masked_fill(is_greedy, 1.0))
 
 
-class TopPIfAsked(ContinuousBatchingTopPLogitsWarper):
-    """Top-p, without sorting the vocabulary on a CPU where no row asks for it."""
+class QuickTopP(ContinuousBatchingTopPLogitsWarper):
+    """Top-p as the library does it, without sorting a whole vocabulary on a CPU, which takes milliseconds for each row."""
+
+    NUM_CANDIDATES = 256
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        if scores.device.type == "cpu" and bool((tensor_arg[: len(scores)].view(torch.float32) >= 1).all()):
+        if scores.device.type != "cpu":
+            return super().__call__(
+                scores, tensor_arg
+            )  # What follows looks at values, for which a GPU would be waited.
+        top_p = tensor_arg[: len(scores)].view(torch.float32)[:, None]
+        is_asked = top_p < 1
+        if not is_asked.any():
             return scores
-        return super().__call__(scores, tensor_arg)
+        best, best_ids = scores.topk(min(self.NUM_CANDIDATES, scores.shape[-1]), dim=-1)
+        probabilities = (best - scores.logsumexp(dim=-1, keepdim=True)).exp()
+        cumulative = probabilities.cumsum(dim=-1)
+        if (is_asked & (cumulative[:, -1:] < top_p)).any():
+            return super().__call__(scores, tensor_arg)  # The probability is spread over more tokens than these.
+        best = best.masked_fill(cumulative - probabilities >= top_p, float("-inf"))
+        kept = torch.full_like(scores, float("-inf")).scatter(-1, best_ids, best)
+        return torch.where(is_asked, kept, scores)
 
 
 def request_processors() -> ContinuousBatchingLogitsProcessorList:
@@ -56,5 +71,5 @@ def request_processors() -> ContinuousBatchingLogitsProcessorList:
         LogitsProcessorList([temperature, top_p]), per_request_processors=True
     )
     # The list has counted both, and made room for their settings.
-    processors.logits_processor[:] = [TemperatureOrGreedy(temperature), TopPIfAsked(top_p)]
+    processors.logits_processor[:] = [TemperatureOrGreedy(temperature), QuickTopP(top_p)]
     return processors
