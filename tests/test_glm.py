@@ -42,7 +42,8 @@ PROMPTS = ["single", "sentence", "document", "blanks_hf", "batch_right", "batch_
 LIMIT = 3e-5
 LOSS_LIMIT = 2e-5
 HALF_LIMIT = {"float16": 2e-2, "bfloat16": 2e-1}
-HALF_LIMIT_130B = 6e-2
+# How much further from float32 than the published run in float16.
+HALF_FACTOR_130B = 2.0
 
 every_glm = pytest.mark.parametrize("name", GLM_CASES)
 every_old = pytest.mark.parametrize("name", ALL_CASES)
@@ -281,7 +282,11 @@ def test_half_precision(case: Callable, folder: Callable, chatglm: SimpleNamespa
     glm = chatglm.ChatGLMForConditionalGeneration.from_pretrained(folder(name), dtype=getattr(torch, dtype))
     if name == "glm-130b":
         logits = glm(tensors["gmask.input_ids"]).logits
-        return assert_close(logits, tensors["gmask.logits_float16"], HALF_LIMIT_130B)
+        # Its small network amplifies rounding: two runs in float16 differ by more than either does from float32.
+        exact, published = tensors["gmask.logits"], tensors["gmask.logits_float16"].float()
+        assert (logits.float() - exact).abs().mean() <= HALF_FACTOR_130B * (published - exact).abs().mean()
+        assert (logits.float() - exact).abs().max() <= HALF_FACTOR_130B * (published - exact).abs().max()
+        return
     ids = tensors["single.path_ids"]
     positions, mask = tensors["single.position_ids"], tensors["single.generation_attention_mask"]
     length = ids.shape[1]
