@@ -62,6 +62,9 @@ def formats(calls: ModuleType) -> dict[str, Any]:
         "012",
         "1__0",
         "0x" + "f" * 5000,
+        "''''",
+        '""""',
+        "''''''''''",
     ],
 )
 def test_what_json_cannot_hold_is_text(calls: ModuleType, formats: dict[str, Any], value: str) -> None:

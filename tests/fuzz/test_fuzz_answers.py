@@ -104,7 +104,8 @@ def test_a_call_that_is_written_is_read(
     response, _ = chat_format.read_answer(answer, OFFERS[1])
     # An answer of several parts gives the last one.
     if "<|assistant|>" not in answer:
-        assert response == {"name": name, "parameters": arguments}
+        # As JSON has them: two halves of a character that stand together are that character.
+        assert response == {"name": name, "parameters": json.loads(json.dumps(arguments))}
 
 
 @pytest.mark.parametrize("name", GENERATION_CASES)
