@@ -253,6 +253,9 @@ class ChatGLMPreTrainedModel(PrefixTuningMixin, ChatGLMQuantizationMixin, PreTra
         return self.base_model.output_layer
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        # `resize_token_embeddings` makes PyTorch's own layer, which is slower on a CPU.
+        if type(new_embeddings) is nn.Linear and type(self.base_model.output_layer) is ChatGLMLinear:
+            new_embeddings.__class__ = ChatGLMLinear
         self.base_model.output_layer = new_embeddings
 
 

@@ -366,6 +366,7 @@ def test_embeddings_can_be_replaced_and_resized(tiny_model: ModelMaker, tmp_path
         before = model(ids)[0]
         model.resize_token_embeddings(120)
         assert model.config.padded_vocab_size == model.config.vocab_size == 120
+        assert type(model.get_output_embeddings()).__name__ == "ChatGLMLinear"
         assert model.get_input_embeddings().weight.shape == model.get_output_embeddings().weight.shape == (120, 32)
         torch.testing.assert_close(model(ids)[0][..., : before.shape[-1]], before)
         model.save_pretrained(tmp_path / head)
