@@ -36,6 +36,7 @@ QUICK = {
     "quantized": ["--layers=1", "--vocab=8192", "--rows=1", "--prompt=32", "--tokens=8", "--rounds=2"],
     "revisions": ["--layers=1", "--weights", "int4", "--dtypes", "float16", "--batches=1", "--tokens=4", "--loads=1"],
     "serving": ["--timed=2", "--tokens=16", "--requests=0"],
+    "tokenizers_speed": ["--characters=20000", "--rounds=2"],
 }
 
 
