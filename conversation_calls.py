@@ -38,6 +38,8 @@ from .conversation_templates import GLM4_BUILTIN_TOOLS, GLM4_TOOL_NOTE
 MAX_CALL_LENGTH = 100_000
 MAX_CALL_DEPTH = 32
 MAX_NUMBER_LENGTH = 1000
+# Of Python source, which is read word by word, so that it takes a few milliseconds at most.
+MAX_CALL_WORDS = 5000
 # Limits of what a caller puts into a message or into the description of a tool.
 MAX_DEPTH = 100
 MAX_VALUES = 100_000
@@ -111,8 +113,8 @@ def write_call(name: str, arguments: Any, call_text: Callable[[Mapping[str, Any]
     if parse_tool_call(text) != values:
         raise ValueError(
             f"The tool call {reprlib.repr(name)} could not be read back as it is written. A call has at most {MAX_CALL_LENGTH} "
-            f"characters and {MAX_CALL_DEPTH} levels of nesting, a number at most {MAX_NUMBER_LENGTH} digits, and no "
-            f"text holds half of a surrogate pair: {reprlib.repr(values)}."
+            f"characters and {MAX_CALL_DEPTH} levels of nesting (in Python, {MAX_CALL_WORDS} values and strings), a "
+            f"number at most {MAX_NUMBER_LENGTH} digits, and no text holds half of a surrogate pair: {reprlib.repr(values)}."
         )
     return text
 
@@ -271,6 +273,7 @@ class CallReader:
     def __init__(self, source: str) -> None:
         self.source = source
         self.position = 0
+        self.words = 0
 
     def read(self) -> dict[str, Any]:
         self._expect("tool_call")
@@ -293,6 +296,7 @@ class CallReader:
     def _value(self, depth: int) -> Any:
         if depth > MAX_CALL_DEPTH:
             raise ValueError("nested too deeply")
+        self._count()
         self._skip_blanks()
         mark = self.source[self.position : self.position + 1]
         if mark in ("[", "("):
@@ -341,6 +345,7 @@ class CallReader:
         """One string, or several that stand side by side."""
         texts = []
         while match is not None:
+            self._count()
             self.position = match.end()
             prefix = match[1]
             text = next(group for group in match.groups()[1:] if group is not None)
@@ -355,6 +360,11 @@ class CallReader:
             raise ValueError("too long a number")
         is_float = word[1:2] not in ("x", "X") and any(character in ".eE" for character in word)
         return float(word) if is_float else int(word, 0)
+
+    def _count(self) -> None:
+        self.words += 1
+        if self.words > MAX_CALL_WORDS:
+            raise ValueError("too many values")
 
     def _take(self, pattern: re.Pattern[str]) -> re.Match[str]:
         self._skip_blanks()

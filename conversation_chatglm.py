@@ -454,23 +454,25 @@ class RoleFormat(ConversationFormat):
     def read_answer(self, text: str, messages: Sequence[Message]) -> tuple[str | dict[str, Any], list[Message]]:
         """See `ConversationFormat.read_answer`: an answer may have several parts, each text or a call."""
         has_tools = any(message["role"] == "system" and "tools" in message for message in messages)
-        response: str | dict[str, Any] = ""
         answers = []
-        for part in text.split("<|assistant|>"):
+        parts = text.split("<|assistant|>")
+        for part in parts:
             metadata, newline, content = part.partition("\n")
             if not newline:
                 metadata, content = "", part
-            if not metadata.strip():
-                content = content.strip()
-                response = content.replace(*TRAINING_TIME)
-            elif has_tools and (parameters := parse_tool_call(content)) is not None:
-                response = {"name": metadata.strip(), "parameters": parameters}
-            # CODEPATH: glm4 has built-in tools; chatglm3 has its code interpreter where nothing else is offered.
-            elif not has_tools or metadata.strip() in self.builtin_tools:
-                response = {"name": metadata.strip(), "content": content}
-            else:
-                response = part.strip()
+            content = content if metadata.strip() else content.strip()
             answers.append({"role": "assistant", "metadata": metadata, "content": content})
+        name = metadata.strip()
+        response: str | dict[str, Any]
+        if not name:
+            response = content.replace(*TRAINING_TIME)
+        elif has_tools and (parameters := parse_tool_call(content)) is not None:
+            response = {"name": name, "parameters": parameters}
+        # CODEPATH: glm4 has built-in tools; chatglm3 has its code interpreter where nothing else is offered.
+        elif not has_tools or name in self.builtin_tools:
+            response = {"name": name, "content": content}
+        else:
+            response = parts[-1].strip()
         return response, answers
 
 

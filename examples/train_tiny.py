@@ -13,7 +13,7 @@
 # limitations under the License.
 """Trains the small ChatGLM3 checkpoint of this folder, `tiny-chatglm3`, from the dialogues in `dialogues.jsonl`.
 
-`python examples/train_tiny.py` takes a few minutes on two cores: it trains a SentencePiece model on the text, then the
+`python examples/train_tiny.py` takes some 20 minutes on one core: it trains a SentencePiece model on the text, then the
 model on the dialogues, saves the folder as the published checkpoints are laid out, and checks that the model answers
 every dialogue as it was taught. It shows fine-tuning from beginning to end with the public interface: messages go
 through `apply_chat_template`, which also tells which tokens the assistant writes.
@@ -55,6 +55,9 @@ NUM_PIECES = 1600
 VOCAB_SIZE = 1632
 TOKENS_PER_BATCH = 512
 MAX_MESSAGES = 10
+# What is copied from a question or from the result of a tool.
+CITY = re.compile(r"(?<=city=')[^']+")
+CONDITION = re.compile(r'(?<="condition": ")[^"]+')
 
 Message = dict[str, Any]
 
@@ -112,33 +115,88 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return model
 
 
-def vary(messages: list[Message], rng: random.Random) -> list[Message]:
-    """Write a dialogue as it might also have been: in lower case, without punctuation marks, with other numbers."""
-    # In a dialogue of several turns a number is told and then repeated, so any number does.
-    has_other_numbers = len(messages) > 3 and rng.random() < 0.5
-    numbers: dict[str, str] = {}
-    varied = []
-    for message in messages:
-        content = message["content"]
-        if has_other_numbers:
-            content = re.sub(r"\d+", lambda match: numbers.setdefault(match[0], str(rng.randint(1, 39))), content)
-        if message["role"] == "user" and rng.random() < 0.25:
-            content = content.rstrip(".!?。！？")
-        if message["role"] == "user" and rng.random() < 0.25:
-            content = content.lower()
-        varied.append({**message, "content": content})
-    return varied
+class Variation:
+    """Writes dialogues as they might also have been, with what other dialogues hold.
+
+    Questions lose their capitals and punctuation marks; numbers, cities and the weather change, so that they are copied
+    instead of known; tools are offered in any order, in any description that some dialogue has, and in vain.
+    """
+
+    def __init__(self, dialogues: list[dict[str, Any]]) -> None:
+        self.tools: dict[str, list[dict[str, Any]]] = {}
+        self.prompts: list[str] = []
+        # Dicts keep the order of the file, which a set would change from run to run.
+        cities: dict[str, None] = {}
+        conditions: dict[str, None] = {}
+        for message in (message for dialogue in dialogues for message in dialogue["messages"]):
+            cities |= dict.fromkeys(CITY.findall(message["content"]))
+            conditions |= dict.fromkeys(CONDITION.findall(message["content"]))
+            self.prompts += [message["content"]] if "tools" in message else []
+            for tool in message.get("tools", ()):
+                known = self.tools.setdefault(tool["name"], [])
+                known += [tool] if tool not in known else []
+        self.cities, self.conditions = list(cities), list(conditions)
+
+    def vary(self, messages: list[Message], rng: random.Random) -> list[Message]:
+        """Another form of one dialogue."""
+        changes = self._changes(messages, rng)
+        # The longest first, as one may hold another.
+        pattern = re.compile("|".join(sorted(map(re.escape, changes), key=len, reverse=True)) or r"\b\B")
+        is_lower = rng.random() < 0.25
+        varied = []
+        for message in messages:
+            content = pattern.sub(lambda match: changes[match[0]], message["content"])
+            if message["role"] == "user" and rng.random() < 0.25:
+                content = content.rstrip(".!?。！？")
+            if message["role"] == "user" and is_lower and not changes.keys() & set(self.cities):
+                content = content.lower()
+            message = {**message, "content": content}
+            varied.append({**message, "tools": self._offer(message["tools"], rng)} if "tools" in message else message)
+        return varied
+
+    def offer_in_vain(self, messages: list[Message], rng: random.Random) -> list[Message]:
+        """A conversation that needs no tools, with some."""
+        named = rng.choice(list(self.tools.values()))
+        return [
+            {"role": "system", "content": rng.choice(self.prompts), "tools": self._offer(named[:1], rng)},
+            *messages,
+        ]
+
+    def _offer(self, needed: list[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
+        names = [name for name in self.tools if rng.random() < 0.5 or name in [tool["name"] for tool in needed]]
+        return [rng.choice(self.tools[name]) for name in rng.sample(names, len(names))]
+
+    def _changes(self, messages: list[Message], rng: random.Random) -> dict[str, str]:
+        """What stands for what in this form of a dialogue, in all of its messages."""
+        text = "\n".join(message["content"] for message in messages)
+        changes: dict[str, str] = {}
+        # In a dialogue of several turns a number is told and then repeated, so any number does.
+        if len(messages) > 3 and rng.random() < 0.6:
+            changes |= {number: str(rng.randrange(1, 10 ** rng.randint(1, 5))) for number in re.findall(r"\d+", text)}
+        if rng.random() < 0.6:
+            for found, known in ((CITY.findall(text), self.cities), (CONDITION.findall(text), self.conditions)):
+                for word in dict.fromkeys(found if "tool_call" in text else ()):
+                    others = [other for other in known if other.isascii() == word.isascii()]
+                    first, second = rng.choices(others, k=2)
+                    # Half of one name and half of another are a name that no dialogue has.
+                    is_new = known is self.cities and rng.random() < 0.5
+                    changes[word] = first[: len(first) // 2 + 1] + second[len(second) // 2 + 1 :] if is_new else first
+        return changes
 
 
 def join_dialogues(dialogues: list[dict[str, Any]], rng: random.Random) -> list[list[Message]]:
     """Make conversations of one or more dialogues; each dialogue is in one of them."""
+    variation = Variation(dialogues)
     conversations: list[list[Message]] = []
     for dialogue in rng.sample(dialogues, len(dialogues)):
-        messages = vary(dialogue["messages"], rng)
+        messages = variation.vary(dialogue["messages"], rng)
         is_first = dialogue.get("first", False) or messages[0]["role"] == "system"
-        previous = rng.choice(conversations) if conversations else messages
-        if is_first or rng.random() < 0.5 or len(previous) + len(messages) > MAX_MESSAGES:
-            conversations.append(messages)
+        previous = rng.choice(conversations) if conversations else []
+        is_alone = is_first or not previous or len(previous) + len(messages) > MAX_MESSAGES
+        if is_alone or rng.random() < 0.5:
+            # Some dialogues that come first are about tools that are not there.
+            has_no_tools = is_first or rng.random() < 0.8
+            conversations.append(messages if has_no_tools else variation.offer_in_vain(messages, rng))
         else:
             previous.extend(messages)
     return conversations

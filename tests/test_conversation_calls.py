@@ -144,6 +144,25 @@ def test_a_long_call_is_read_soon(calls: ModuleType, value: str) -> None:
     assert time.process_time() - start < 1
 
 
+def test_a_call_in_python_has_some_thousand_values_at_most(calls: ModuleType, formats: dict[str, Any]) -> None:
+    assert calls.parse_tool_call(f"tool_call(a=[{'1, ' * 4900}])") == {"a": [1] * 4900}
+    for many in ("[" + "1, " * 6000 + "]", "[" + "[], " * 6000 + "]", "'' " * 6000):
+        assert calls.parse_tool_call(f"tool_call(a={many})") is None
+    with pytest.raises(ValueError, match="in Python, 5000 values"):
+        formats["chatglm3"].write_tool_call("f", {"a": [1] * 6000})
+
+
+@pytest.mark.parametrize("version", CALLING_GENERATIONS)
+def test_of_many_parts_the_last_one_is_read(
+    formats: dict[str, Any], monkeypatch: pytest.MonkeyPatch, source: Callable[[str], ModuleType], version: str
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(source("conversation_chatglm"), "parse_tool_call", lambda text: read.append(text))
+    messages = [{"role": "system", "content": "s", "tools": []}]
+    response, answers = formats[version].read_answer("f\n{}<|assistant|>" * 1000 + "g\n{}", messages)
+    assert (response, len(answers), read) == ("g\n{}", 1001, ["{}"])
+
+
 def test_an_unfinished_call_costs_a_stream_nothing(calls: ModuleType) -> None:
     text = "tool_call(a=[" + "1," * 40_000
     start = time.process_time()

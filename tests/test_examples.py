@@ -170,13 +170,37 @@ def test_keeps_answering_in_a_longer_conversation(model: PreTrainedModel, tokeni
 
 def test_training_text_reaches_the_model_once_and_in_order(dialogues: list[dict[str, Any]]) -> None:
     conversations = train_tiny.join_dialogues(dialogues, random.Random(0))
-    assert sum(map(len, conversations)) == sum(len(dialogue["messages"]) for dialogue in dialogues)
+    # Some get tools that they do not need, in a system message of their own.
+    sizes = [
+        sum(message["role"] != "system" for message in messages)
+        for messages in (*conversations, *(dialogue["messages"] for dialogue in dialogues))
+    ]
+    assert sum(sizes[: len(conversations)]) == sum(sizes[len(conversations) :])
     only_first = {dialogue["messages"][0]["content"] for dialogue in dialogues if dialogue.get("first")}
     answers = {dialogue["messages"][1]["content"] for dialogue in dialogues if dialogue.get("first")}
     for conversation in conversations:
         assert not answers & {message["content"] for message in conversation[2:]}
         assert all(message["role"] != "system" for message in conversation[1:])
     assert only_first
+
+
+def test_variations_keep_what_belongs_together(dialogues: list[dict[str, Any]]) -> None:
+    variation, rng = train_tiny.Variation(dialogues), random.Random(0)
+    tooled = [dialogue["messages"] for dialogue in dialogues if "tools" in dialogue["messages"][0]]
+    changed = 0
+    for messages in tooled:
+        for _ in range(5):
+            varied = variation.vary(messages, rng)
+            offered = {tool["name"] for tool in varied[0]["tools"]}
+            question = varied[1]["content"].lower()
+            for message in varied:
+                if message.get("metadata"):
+                    assert message["metadata"] in offered
+                    # A city or a number that is called with was asked for.
+                    for word in re.findall(r"'(.+?)'|(\d+)", message["content"]):
+                        assert "".join(word).lower() in question
+            changed += varied[1:] != messages[1:]
+    assert changed > 3 * len(tooled)
 
 
 def test_only_answers_are_learnt(tokenizer: PreTrainedTokenizerBase, dialogues: list[dict[str, Any]]) -> None:
