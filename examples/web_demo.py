@@ -33,6 +33,12 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     parser.add_argument("--quantize", type=int, default=0, choices=(0, 4, 8), metavar="BITS", help="4 or 8")
     parser.add_argument(
+        "--tools",
+        type=Path,
+        metavar="FILE",
+        help="a Python file with functions that the model may call, such as examples/demo_tools.py",
+    )
+    parser.add_argument(
         "--concurrency", type=int, default=2, help="answers that are written at the same time (default: %(default)s)"
     )
     return parser.parse_args()
@@ -41,16 +47,18 @@ def read_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = read_arguments()
     try:
+        from agent_tools import load_tools
         from serving.models import LoadSettings
         from serving.web_loading import LoadingModel
         from serving.web_page import PageSettings, start
-        from serving.web_tools import FUNCTIONS
     except ImportError as error:
         print(f"error: {error}; pip install -r requirements/serving.txt", file=sys.stderr)
         return 1
     loading = LoadingModel()
     try:
-        settings = PageSettings.of_folder(arguments.folder, FUNCTIONS, max(1, arguments.concurrency))
+        tools = load_tools(arguments.tools) if arguments.tools else []
+        functions = {tool.name: tool for tool in tools}
+        settings = PageSettings.of_folder(arguments.folder, functions, max(1, arguments.concurrency))
         blocks, address = start(settings, loading, arguments.host, arguments.port)
         print(f"the page is at {address}", flush=True)
         loading.load(

@@ -27,6 +27,7 @@ EXAMPLES = REPOSITORY / "examples"
 
 sys.path.insert(0, str(EXAMPLES))
 
+from agent_tools import tool  # noqa: E402
 from local_code import load_tokenizer, register  # noqa: E402
 from serving import web_conversation as conversations  # noqa: E402
 from serving.web_answers import MAX_CALLS, Settings, answer  # noqa: E402
@@ -156,6 +157,7 @@ class CallingModel:
         yield "", [*before, {"role": "assistant", "content": "Done."} if done else self.call]
 
 
+@tool
 def get_weather(city: str) -> dict[str, int]:
     """
     Get the weather
@@ -170,9 +172,9 @@ def get_weather(city: str) -> dict[str, int]:
     ("content", "result"),
     [
         ("tool_call(city='Paris')", '{"temperature": 5}'),
-        ("tool_call(town='Paris')", "missing a required argument: 'city'"),
-        ("tool_call(city=1)", "TypeError"),
-        ("import os", "missing a required argument: 'city'"),
+        ("tool_call(town='Paris')", "Error: missing a required argument: 'city'"),
+        ("tool_call(city=1)", "Error: the argument city must be string, got 1"),
+        ("import os", "Error: the arguments of get_weather must be a JSON object"),
     ],
 )
 def test_functions_run_when_they_are_called(content: str, result: str) -> None:
@@ -183,7 +185,7 @@ def test_functions_run_when_they_are_called(content: str, result: str) -> None:
     *_, talk = answer(model, None, talk, settings)  # type: ignore[arg-type]
     assert roles(talk) == "uaoa"
     assert result in talk["messages"][2]["content"]
-    assert [tool["name"] for tool in model.histories[0][0]["tools"]] == ["get_weather", "other"]
+    assert [item["name"] for item in model.histories[0][0]["tools"]] == ["get_weather", "other"]
     # One that is not a function of the page waits for its result.
     *_, waiting = answer(model, None, {**talk, "messages": talk["messages"][:1]}, Settings())  # type: ignore[arg-type]
     assert conversations.called_tool(waiting["messages"]) == "get_weather"

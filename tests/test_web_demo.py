@@ -206,7 +206,8 @@ def site(chromium: Any) -> Iterator[Site]:
             finish(loading, model, tokenizer)
 
         patch.setattr(loading_model, "finish", finish_paced)
-        patch.setattr(sys, "argv", ["web_demo.py", str(BUNDLED), "--port", str(site.port), "--dtype", "float32"])
+        words = ["--port", str(site.port), "--dtype", "float32", "--tools", str(EXAMPLES / "demo_tools.py")]
+        patch.setattr(sys, "argv", ["web_demo.py", str(BUNDLED), *words])
         threading.Thread(target=program.main, daemon=True).start()
         for _ in range(600):
             with socket.socket() as probe:
@@ -377,6 +378,18 @@ def test_tools_are_called_and_given_results(site: Site, visitor: Visitor) -> Non
     )
     visitor.wait_for("Result of get_weather")
     assert visitor.chat.locator("pre code").first.inner_text().split() == ["{", '"city":', '"Paris"', "}"]
+
+    # A function of the page runs by itself.
+    visitor.page.locator("#descriptions textarea").fill("")
+    visitor.page.get_by_label("get_weather").check()
+    visitor.click("New chat")
+    visitor.ask("What is the weather like in Rome?", "It is sunny in Rome, and the temperature is 29 degrees.")
+    assert visitor.chat.locator("pre code").last.inner_text().split() == [
+        '{"temperature":',
+        "29,",
+        '"condition":',
+        '"sunny"}',
+    ]
 
 
 def test_users_at_the_same_time_see_their_own_answers(site: Site, visitor: Visitor) -> None:

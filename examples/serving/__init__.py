@@ -33,7 +33,6 @@
 | `web_answers.py` | how is a conversation on the page answered? |
 | `web_loading.py` | how far is the model that the page waits for? |
 | `web_texts.py` | what does the page say, in either language? |
-| `web_tools.py` | which functions may a model on the page call? |
 
 What is unusual here:
 

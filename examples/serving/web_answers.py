@@ -20,25 +20,20 @@ What is unusual here:
   literals. Whatever goes wrong in it is told to the model as its result.
 """
 
-import inspect
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+from agent_tools import Call, Tool, Toolbox
 from local_code import load_module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import get_json_schema
 
 from .web_conversation import Conversation, Message, called_tool, with_messages
 
 
 # How often a model may call functions before it has to answer.
 MAX_CALLS = 5
-MAX_RESULT_LENGTH = 10_000
-
-Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -54,11 +49,11 @@ class Settings:
     system: str = ""
     generation: Mapping[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] = field(default_factory=list)
-    functions: Mapping[str, Function] = field(default_factory=dict)
+    functions: Mapping[str, Tool] = field(default_factory=dict)
 
     def described_tools(self) -> list[dict[str, Any]]:
         """The descriptions of all tools."""
-        return [*map(get_json_schema, self.functions.values()), *self.tools]
+        return [*(function.description for function in self.functions.values()), *self.tools]
 
 
 def answer(
@@ -102,20 +97,14 @@ def answer_once(
             yield [*messages, *chat_format.normalize_messages(new_history)[len(history) + 1 :]]
 
 
-def run_call(messages: list[Message], functions: Mapping[str, Function]) -> str | None:
+def run_call(messages: list[Message], functions: Mapping[str, Tool]) -> str | None:
     """Run the function that the last message calls; its result as text, `None` if it calls none of them."""
     name = called_tool(messages)
     if name not in functions:
         return None
-    arguments = load_module("conversation_calls").parse_tool_call(messages[-1]["content"])
-    try:
-        # What does not fit the function is refused here, before any of its code has run.
-        bound = inspect.signature(functions[name]).bind(**(arguments or {}))
-        result = json.dumps(functions[name](*bound.args, **bound.kwargs), ensure_ascii=False)
-    # The arguments are a model's: what they do to a function is no fault of the page.
-    except Exception as error:
-        result = json.dumps({"error": f"{type(error).__name__}: {error}"}, ensure_ascii=False)
-    return result[:MAX_RESULT_LENGTH]
+    content = messages[-1]["content"]
+    arguments = load_module("conversation_calls").parse_tool_call(content)
+    return Toolbox(functions.values()).run(Call(name, content if arguments is None else arguments))
 
 
-__all__ = ["MAX_CALLS", "Function", "Settings", "answer"]
+__all__ = ["MAX_CALLS", "Settings", "answer"]

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from agent_tools import Tool
 from local_code import check_model_type, load_module, register
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
@@ -37,7 +38,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import AutoConfig, GenerationConfig
 
 from . import web_conversation as conversations
-from .web_answers import Function, Settings, answer
+from .web_answers import Settings, answer
 from .web_conversation import Conversation
 from .web_loading import LoadingModel
 from .web_texts import TEXTS, pick_language
@@ -128,11 +129,11 @@ class PageSettings:
     name: str
     max_length: tuple[int, int]
     generation: Mapping[str, float]
-    functions: Mapping[str, Function] | None
+    functions: Mapping[str, Tool] | None
     concurrency: int
 
     @classmethod
-    def of_folder(cls, folder: Path, functions: Mapping[str, Function], concurrency: int) -> "PageSettings":
+    def of_folder(cls, folder: Path, functions: Mapping[str, Tool], concurrency: int) -> "PageSettings":
         """What the page offers for a checkpoint folder, before its weights are there.
 
         Raises:
@@ -219,7 +220,9 @@ class Page:
                 label="tools",
             ):
                 self.functions = self.word(
-                    gr.CheckboxGroup(list(settings.functions or ())), label="functions", info="functions_info"
+                    gr.CheckboxGroup(list(settings.functions or ()), visible=bool(settings.functions)),
+                    label="functions",
+                    info="functions_info",
                 )
                 self.tools = self.word(
                     gr.Textbox(lines=6, max_lines=12, max_length=MAX_MESSAGE_LENGTH, elem_id="descriptions"),
