@@ -17,7 +17,8 @@ What is unusual here:
 
 - The text of ids is more than the texts of each put together: characters are made of several byte tokens, the first space
   of a text is dropped, and ChatGLM-6B cleans up spaces. So the last ids are decoded together until what stands before
-  them can no longer change; the one before them is decoded with them each time, so that they do not begin a text.
+  them can no longer change; the one before them, which has a text, is decoded with them each time, so that they do not
+  begin a text.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,9 +49,11 @@ class GrowingText:
         """The text of all ids, with one more."""
         ids = self._open_ids
         if len(ids) >= NUM_OPEN_IDS and self._is_settled(self._open_text, ids[-1], token_id):
-            self._settled += self._open_text[self._num_settled :]
-            del ids[:-1]
-            self._num_settled = len(self._decode(ids))
+            # Ids that are not in the vocabulary have no text.
+            if last_text := self._decode(ids[-1:]):
+                self._settled += self._open_text[self._num_settled :]
+                del ids[:-1]
+                self._num_settled = len(last_text)
         ids.append(token_id)
         self._open_text = self._decode(ids)
         return self._settled + self._open_text[self._num_settled :]

@@ -105,6 +105,9 @@ def test_a_growing_text_is_what_decode_gives(case_tokenizer: Callable[[str], Any
     generator = random.Random(0)
     texts = ["你好，世界。", " a dog ' s n't 5 ' ' x", "<n>\n\t    <|blank_5|> .", "é😀 😀ſ", "it 's <|tab|> fine . "]
     words = [token_id for text in texts for token_id in tokenizer.encode(text, add_special_tokens=False)]
+    # Ids without a text of their own, which do not begin one either.
+    silent = [token_id for token_id in range(tokenizer.vocab_size + 3) if not tokenizer.decode([token_id])]
+    words += [silent[-1], tokenizer.vocab_size + 2] * 4
     for size in (tokenizer.vocab_size + 3, len(words)):
         for _ in range(30):
             ids = [generator.randrange(tokenizer.vocab_size + 3) for _ in range(8)]
