@@ -254,6 +254,8 @@ def make_choice_rows(
     """Encode texts and their choices; see `BlankFillingMixin.score_choices`, also for what is raised."""
     if isinstance(texts, str) or not texts:
         raise ValueError(f"`texts` must be a list of at least one text, got {texts!r}.")
+    if isinstance(choices, str):
+        raise ValueError(f"`choices` must be a list, got {choices!r}, whose letters would be the choices.")
     is_shared = not choices or isinstance(choices[0], str) or (choices[0] and isinstance(choices[0][0], int))
     by_text = [choices] * len(texts) if is_shared else choices
     if len(by_text) != len(texts):
@@ -379,13 +381,15 @@ class BlankFillingMixin:
             An [`Infilled`], or a list of them.
 
         Raises:
-            ValueError: for no text at all, or a model that knows no blanks.
+            ValueError: for no text at all, a model that knows no blanks, or `num_return_sequences`.
             TypeError: for anything but texts.
         """
         texts = [text] if isinstance(text, str) else list(text)
         batch = [find_blanks(infill_format(self.config), tokenizer, one) for one in texts]
         if not batch:
             raise ValueError("`text` must be a text or a list of at least one, got none.")
+        if (num_answers := kwargs.get("num_return_sequences")) not in (None, 1):
+            raise ValueError(f"A blank has one answer: `num_return_sequences` is {num_answers}.")
         while waiting := [blanks for blanks in batch if blanks.next_blank is not None]:
             inputs = self._infill_inputs(tokenizer, waiting, max_new_tokens, kwargs)
             output = self.generate(**inputs)
@@ -460,7 +464,8 @@ class BlankFillingMixin:
             "max_length": None,
             "pad_token_id": stop_ids[0],
         }
-        return settings | kwargs | inputs | {"eos_token_id": stop_ids}
+        fixed = {"eos_token_id": stop_ids, "return_dict_in_generate": False}
+        return settings | kwargs | inputs | fixed
 
     @torch.no_grad()
     def score_choices(

@@ -330,6 +330,9 @@ def test_bad_questions_are_refused(
     model, tokenizer = blank_model("chatglm1"), case_tokenizer("chatglm1")
     with pytest.raises(ValueError, match="at least one"):
         model.infill(tokenizer, [])
+    # Read as answers to the texts one after the other, the second would be that of the first text again.
+    with pytest.raises(ValueError, match="`num_return_sequences` is 2"):
+        model.infill(tokenizer, ["a [MASK]", "b [MASK]"], num_beams=2, num_return_sequences=2)
     with pytest.raises(TypeError, match="must be a string"):
         model.infill(tokenizer, [3])
     with pytest.raises(TypeError, match="One text"):
@@ -341,6 +344,7 @@ def test_bad_questions_are_refused(
         ("a [MASK]", ["a"], "must be a list"),
         (["[MASK] and [MASK]"], ["a"], "for one blank"),
         (["a [MASK]"], [], "at least one token"),
+        (["a [MASK]"], "yes", "must be a list, got 'yes'"),
         (["a [MASK]"], [["a"], ["b"]], "choices for 2"),
         (["a [MASK]"], [""], "at least one token"),
     ):
