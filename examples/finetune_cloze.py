@@ -142,6 +142,11 @@ class TextCollator:
 class ClozeTrainer(Trainer):
     """Trains on the cross-entropy over the choices, or over the outputs of a head."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The loss is the mean of a batch, so it must be divided by the number of batches that are accumulated.
+        self.model_accepts_loss_kwargs = False
+
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The mean over a batch; the outputs are the scores, `[batch, choices]`."""
         labels = inputs["labels"]
@@ -203,6 +208,9 @@ def make_trainer(arguments: ClozeArguments, run: RunArguments) -> ClozeTrainer:
             model = modeling.ChatGLMForSequenceClassification.from_pretrained(
                 arguments.model, dtype=arguments.dtype, num_labels=num_labels
             )
+            # In a folder of GLM the name stands for the published head, which has other weights.
+            head_class = {"AutoModelForSequenceClassification": f"modeling_chatglm.{type(model).__name__}"}
+            model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), **head_class}
         else:
             model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
     train = make_rows(arguments, arguments.train_file, model, tokenizer)[: arguments.max_samples]

@@ -195,7 +195,10 @@ def answer(
 
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Exact match in percent: of all blanks, of those that are told before already, and of those told only behind."""
+    """Exact match in percent: of all blanks, of those that are told before already, and of those told only behind.
+
+    What follows the answer does not count: a model that reads from left to right does not know where a blank ends.
+    """
     right = [given.startswith(question.answer) for question, given in zip(questions, answers)]
     parts = {"": right}
     for name, is_second in (("_told_before", True), ("_told_behind", False)):
@@ -314,7 +317,8 @@ def main(words: list[str] | None = None) -> int:
     folder = Path(run.output_dir or "output")
     for source in REPOSITORY.glob("*.py"):
         shutil.copyfile(source, folder / source.name)
-    unigram = None if arguments.train_file else unigram_score(make_questions(arguments.num_questions))
+    questions = [] if arguments.train_file else make_questions(arguments.num_questions)
+    unigram = unigram_score(questions) if questions else None
     metrics = {"settings": vars(arguments), "commonest_word": unigram, "history": trainer.state.log_history}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     draw_curves(folder / "curves.png", trainer.state.log_history, unigram)

@@ -25,7 +25,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, auto_classes_left_alone
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 
 pytest.importorskip("datasets")
@@ -131,7 +131,30 @@ def test_cloze_tasks_are_learnt(programs: SimpleNamespace, pretrained: Path, tmp
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["samples"] == 8
     assert metrics["accuracy"]["after"] == 100
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    auto_class = AutoModelForCausalLM if head == "choices" else AutoModelForSequenceClassification
+    model = auto_class.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    wanted = load_file(tmp_path / "out" / "model.safetensors")
+    assert any(name.startswith("classifier_head") for name in wanted) == (head == "linear")
+    model.save_pretrained(tmp_path / "again")
+    found = load_file(tmp_path / "again" / "model.safetensors")
+    assert wanted.keys() == found.keys() and all(found[name].equal(wanted[name]) for name in wanted)
+
+
+def test_accumulated_batches_of_cloze_tasks_equal_one(
+    programs: SimpleNamespace, pretrained: Path, tmp_path: Path
+) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) for row in programs.text.make_task(8, 0)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    words = ["--method", "cloze", "--model", str(pretrained), "--train_file", str(tmp_path / "data.jsonl"), *PATTERN]
+    words += ["--max_steps", "1", "--save_strategy", "no", "--use_cpu", "true", "--disable_tqdm", "true"]
+    steps = []
+    for size, times in ((8, 1), (2, 4)):
+        sizes = ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(times)]
+        folder = tmp_path / str(size)
+        assert programs.finetune.main([*words, *sizes, "--logging_steps", "1", "--output_dir", str(folder)]) == 0
+        steps.append(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["history"][0])
+    assert steps[0]["loss"] == pytest.approx(steps[1]["loss"], rel=1e-4)
+    assert steps[0]["grad_norm"] == pytest.approx(steps[1]["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
