@@ -34,6 +34,7 @@ from typing import Any
 
 from chat import BUNDLED, load, pick_device
 from local_code import read_json_object
+from terminal import harmless
 from transformers.utils import logging
 
 
@@ -249,9 +250,9 @@ def shown_source(number: int, passage: Document) -> str:
 def answer_questions(base: KnowledgeBase, questions: Iterator[str]) -> None:
     for question in questions:
         answer, passages = base.ask(question)
-        print(answer)
+        print(harmless(answer))
         for number, passage in enumerate(passages, start=1):
-            print(shown_source(number, passage))
+            print(harmless(shown_source(number, passage)))
         print(flush=True)
 
 

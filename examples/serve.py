@@ -75,6 +75,14 @@ def read_adapters(words: list[str]) -> dict[str, Path]:
     return adapters
 
 
+def read_keys(words: list[str], variable: str) -> tuple[str, ...]:
+    """The keys of the command line and of the environment. Empty ones open no server to everybody."""
+    keys = [key.strip() for key in [*words, *(variable.split(",") if variable else ())]]
+    if not all(keys):
+        raise ValueError("a key of --api-key or $CHATGLM_API_KEYS is empty")
+    return tuple(keys)
+
+
 def check_limits(arguments: argparse.Namespace) -> None:
     for name in ("max_requests", "max_prompt", "max_body", "max_seconds", "cache_tokens"):
         value = getattr(arguments, name)
@@ -94,12 +102,12 @@ def main() -> int:
     except ImportError as error:
         print(f"error: {error}; pip install -r requirements/serving.txt", file=sys.stderr)
         return 1
-    keys = [*arguments.api_key, *os.environ.get("CHATGLM_API_KEYS", "").split(",")]
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     metrics = Metrics()
     try:
         check_limits(arguments)
+        keys = read_keys(arguments.api_key, os.environ.get("CHATGLM_API_KEYS", ""))
         settings = LoadSettings(
             folder=arguments.folder,
             name=arguments.name,
@@ -120,7 +128,7 @@ def main() -> int:
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    app = build_app(models, metrics, limits, tuple(key for key in keys if key))
+    app = build_app(models, metrics, limits, keys)
     print(f"serving {', '.join(models.by_name)} on http://{arguments.host}:{arguments.port}", flush=True)
     try:
         # Its SIGTERM and SIGINT let running answers finish. The path of a request is in no log: neither is its text.

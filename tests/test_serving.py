@@ -449,6 +449,21 @@ def test_the_commands_of_the_page_that_start_servers(monkeypatch: pytest.MonkeyP
         assert serve.read_adapters(arguments.adapter).keys() == ({"polite", "law"} if "--adapter" in words else set())
 
 
+@pytest.mark.parametrize(
+    ("words", "variable", "keys"),
+    [([], "", ()), (["one"], "", ("one",)), (["one"], "two, three ", ("one", "two", "three"))],
+)
+def test_keys_of_the_command_line_and_the_environment(words: list[str], variable: str, keys: tuple[str, ...]) -> None:
+    import serve
+
+    assert serve.read_keys(words, variable) == keys
+    # Such as "$KEY" that is not set: a server that everybody may use is not what was asked for.
+    with pytest.raises(ValueError, match="empty"):
+        serve.read_keys([*words, ""], variable)
+    with pytest.raises(ValueError, match="empty"):
+        serve.read_keys(words, f"{variable},")
+
+
 def test_metrics(server: Server, ask: Ask) -> None:
     names = ('chatglm_requests_total{path="/v1/chat/completions",status="200"}', "chatglm_generated_tokens_total")
     before = [server.metric(name) for name in names]

@@ -16,10 +16,12 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from .errors import RequestError
@@ -233,3 +235,18 @@ class AnswerStream:
         finally:
             self.cancel()
         return items
+
+
+class AnswerResponse(StreamingResponse):
+    """Server-sent events of an answer, which ends when the client goes away, even before the first of them."""
+
+    def __init__(self, events: AsyncGenerator[str, None], answer: AnswerStream) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self.answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # The generator cannot do it: where nothing was read from it, its `finally` never runs.
+            self.answer.cancel()

@@ -20,6 +20,7 @@
 A thread of the engine generates. `start` is called in the event loop, and an answer gets its tokens there.
 """
 
+import logging
 import queue
 import threading
 import uuid
@@ -36,11 +37,18 @@ from .errors import RequestError
 from .sampling import request_processors
 
 
+logger = logging.getLogger("uvicorn.error")
+
 # Tokens in a page of the cache, as the library has it by default.
 PAGE_SIZE = 256
 # Tokens that one step of the network reads at most. A longer prompt is read in parts, between which others get theirs.
 # The mask of a step has this many rows, one column for every token that the cache holds.
 BATCH_TOKENS = 512
+
+
+def failure() -> RequestError:
+    """What a client is told of an error while its answer was generated, whose text may hold paths of this machine."""
+    return RequestError("The answer could not be generated; the server's log says why.", status=500)
 
 
 class Engine(Protocol):
@@ -109,7 +117,8 @@ class BatchingEngine:
             nonlocal num_seen
             new_ids, num_seen = output.generated_tokens[num_seen:], len(output.generated_tokens)
             if output.error is not None:
-                answer.fail(RequestError(f"The answer could not be generated: {output.error}", status=500))
+                logger.error("an answer could not be generated: %s", output.error)
+                answer.fail(failure())
                 return
             answer.put(new_ids)
             if output.is_finished():
@@ -188,7 +197,8 @@ class QueueEngine:
                 if not answer.is_done:
                     self._generate(answer)
             except Exception as error:  # Whatever it is belongs to this request, and not to those behind it.
-                finish = partial(answer.fail, RequestError(f"The answer could not be generated: {error}", status=500))
+                logger.error("an answer could not be generated", exc_info=error)
+                finish = partial(answer.fail, failure())
             with suppress(RuntimeError):  # The loop has ended: nobody waits.
                 answer.loop.call_soon_threadsafe(finish)
 

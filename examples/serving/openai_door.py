@@ -23,12 +23,13 @@ import asyncio
 import functools
 import inspect
 import json
+import time
 import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageToolCall
@@ -42,7 +43,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
 
-from .answers import AnswerStream
+from .answers import AnswerResponse, AnswerStream
 from .errors import RequestError, error_body
 from .models import Models, ServedModel
 from .reading import Call, reader_for
@@ -75,7 +76,7 @@ class Handler:
         answer = await self._start(body, served)
         name = f"{self.prefix}-{uuid.uuid4().hex}"
         if is_streamed:
-            return StreamingResponse(self._events(name, served, answer, wants_usage), media_type="text/event-stream")
+            return AnswerResponse(self._events(name, served, answer, wants_usage), answer)
         items = await answer.collect()
         return JSONResponse(self._result(name, served, answer, items))
 
@@ -100,21 +101,16 @@ class Handler:
         self, name: str, served: ServedModel, answer: AnswerStream, wants_usage: bool
     ) -> AsyncGenerator[str, None]:
         num_calls = 0
-        try:
-            yield self._first_events(name, served)
-            while (item := await answer.queue.get()) is not None:
-                if isinstance(item, RequestError):
-                    yield f"data: {json.dumps(error_body('/v1', item))}\n\n"
-                    return
-                yield self._event(name, served, item, num_calls)
-                num_calls += isinstance(item, Call)
-            yield self._last_events(
-                name, served, finish_reason(answer, num_calls), usage_of(answer) if wants_usage else None
-            )
-            yield STREAM_END
-        finally:
-            # Also when the client has gone away.
-            answer.cancel()
+        yield self._first_events(name, served)
+        while (item := await answer.queue.get()) is not None:
+            if isinstance(item, RequestError):
+                yield f"data: {json.dumps(error_body('/v1', item))}\n\n"
+                return
+            yield self._event(name, served, item, num_calls)
+            num_calls += isinstance(item, Call)
+        usage = usage_of(answer) if wants_usage else None
+        yield self._last_events(name, served, finish_reason(answer, num_calls), usage)
+        yield STREAM_END
 
 
 class ChatHandler(Handler, ChatCompletionHandler):
@@ -183,7 +179,7 @@ class ChatHandler(Handler, ChatCompletionHandler):
         if usage is not None:
             chunk = ChatCompletionChunk(
                 id=name,
-                created=served.created,
+                created=int(time.time()),
                 model=served.name,
                 choices=[],
                 usage=usage,
@@ -220,7 +216,7 @@ class TextHandler(Handler, CompletionHandler):
         result = Completion.model_validate(
             {
                 "id": name,
-                "created": served.created,
+                "created": int(time.time()),
                 "model": served.name,
                 "choices": [choice],
                 "object": "text_completion",

@@ -23,9 +23,8 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import StreamingResponse
 
-from .answers import AnswerStream
+from .answers import AnswerResponse, AnswerStream
 from .errors import RequestError, error_body, now
 from .models import Models, ServedModel
 from .requests import TUTORIAL_FIELDS, check_fields, read_tutorial_settings
@@ -71,24 +70,21 @@ class Conversation:
     async def events(self) -> AsyncGenerator[str, None]:
         """Server-sent events: the result so far, what is new in it, and whether it is `finished`."""
         text, shown = "", ""
-        try:
-            while (item := await self.answer.queue.get()) is not None:
-                if isinstance(item, RequestError):
-                    yield as_event({**error_body("/", item), "finished": True})
-                    return
-                text += item
-                result = self.result(text)
-                response = result["response"]
-                # A call is known as one when it is complete.
-                if isinstance(response, str) and response.startswith(shown):
-                    yield as_event({**result, "delta": response[len(shown) :], "finished": False})
-                    shown = response
+        while (item := await self.answer.queue.get()) is not None:
+            if isinstance(item, RequestError):
+                yield as_event({**error_body("/", item), "finished": True})
+                return
+            text += item
             result = self.result(text)
             response = result["response"]
-            is_longer = isinstance(response, str) and response.startswith(shown)
-            yield as_event({**result, "delta": response[len(shown) :] if is_longer else "", "finished": True})
-        finally:
-            self.answer.cancel()
+            # A call is known as one when it is complete.
+            if isinstance(response, str) and response.startswith(shown):
+                yield as_event({**result, "delta": response[len(shown) :], "finished": False})
+                shown = response
+        result = self.result(text)
+        response = result["response"]
+        is_longer = isinstance(response, str) and response.startswith(shown)
+        yield as_event({**result, "delta": response[len(shown) :] if is_longer else "", "finished": True})
 
 
 def as_event(content: dict[str, Any]) -> str:
@@ -105,8 +101,8 @@ def build_tutorial_door(models: Models) -> APIRouter:
         return conversation.result("".join(await conversation.answer.collect()))
 
     @router.post("/stream")
-    async def stream(body: dict[str, Any]) -> StreamingResponse:
+    async def stream(body: dict[str, Any]) -> AnswerResponse:
         conversation = await Conversation.start(models.default, body)
-        return StreamingResponse(conversation.events(), media_type="text/event-stream")
+        return AnswerResponse(conversation.events(), conversation.answer)
 
     return router

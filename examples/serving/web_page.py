@@ -98,7 +98,7 @@ CSS = """
 class OwnHostOnly:
     """Middleware that forbids the browser to ask any other host than the one the page comes from."""
 
-    POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
+    POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; form-action 'self'"
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -505,6 +505,7 @@ def start(settings: PageSettings, loading: LoadingModel, host: str, port: int) -
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
+        max_file_size=0,
         enable_monitoring=False,
         footer_links=[],
         quiet=True,
