@@ -15,7 +15,8 @@
 
 What the code can do there:
 
-- no network: it has a network namespace of its own, without any device that is up (`unshare --net`);
+- no network: it has a network namespace of its own, without any device that is up (`unshare --net`), and it opens
+  no socket, not even one in the file system, behind which there may be a desktop or Docker (seccomp);
 - no other processes: it sees none (`--pid`) and starts none, only threads (seccomp);
 - files: it writes in one folder, a file system in memory that is gone afterwards, and reads Python's standard library
   and the system's libraries; the kernel refuses it everything else (Landlock);

@@ -35,14 +35,20 @@ READ, ALL = 0b1101, (1 << 13) - 1
 # Later versions added: rename between folders, truncate, ioctl on devices.
 ADDED = {2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
 
-# From linux/audit.h and the tables of system calls: the kind of processor, `clone`, and others that start a process.
-PROCESSORS = {"x86_64": (0xC000003E, 56, (57, 58)), "aarch64": (0xC00000B7, 220, ())}
+# From linux/audit.h and the tables of system calls: the kind of processor, `clone`, `socketpair`, and what is refused:
+# others that start a process, and `socket`, because a socket in the file system (of a desktop, of Docker) is reached
+# whatever the namespace of the network is, and Landlock lets everybody connect to it.
+PROCESSORS = {"x86_64": (0xC000003E, 56, 53, (57, 58, 41)), "aarch64": (0xC00000B7, 220, 199, (198,))}
+# It makes sockets without the system call of that name.
+IO_URING_SETUP = 425
 CLONE3, CLONE_THREAD, FIRST_OTHER_TABLE = 435, 0x10000, 0x40000000
 # Of the language of filters: load a word, jump if equal, if not smaller, if a bit is set, return.
 LOAD, IF_EQUAL, IF_AT_LEAST, IF_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, REFUSE = 0x7FFF0000, 0x00050000
-# Where a filter finds the number of the call, the kind of processor, and the flags of `clone`.
-NUMBER, PROCESSOR, FLAGS = 0, 4, 16
+# Where a filter finds the number of the call, the kind of processor, the flags of `clone`, and the type of `socketpair`.
+NUMBER, PROCESSOR, FLAGS, SOCKET_TYPE = 0, 4, 16, 24
+# Bits of the types of sockets but `SOCK_STREAM`, whose pairs, which asyncio needs, can reach nobody else.
+OTHER_TYPES = 0b1110
 
 
 def limit(memory: int, seconds: int, file_size: int) -> None:
@@ -90,22 +96,26 @@ def lock(readable: list[str], writable: str) -> None:
     os.close(ruleset)
 
 
-def forbid_processes() -> None:
-    """Let this process start threads and nothing else. `setrlimit` counts the processes of everybody but root.
+def forbid_processes_and_sockets() -> None:
+    """Let this process start threads and nothing else, and reach no socket.
+
+    `setrlimit` counts the processes of everybody but root.
 
     Raises:
         OSError: for a processor whose system calls are not known here.
     """
     if platform.machine() not in PROCESSORS:
         raise OSError(errno.ENOSYS, f"system calls of the processor {platform.machine()} are not known")
-    processor, clone, others = PROCESSORS[platform.machine()]
+    processor, clone, socketpair, refused = PROCESSORS[platform.machine()]
     refuse = (RETURN, 0, 0, REFUSE | errno.EPERM)
     steps = [
         (LOAD, 0, 0, PROCESSOR),
         *((IF_EQUAL, 1, 0, processor), refuse),
         (LOAD, 0, 0, NUMBER),
         *((IF_AT_LEAST, 0, 1, FIRST_OTHER_TABLE), refuse),
-        *(step for number in others for step in ((IF_EQUAL, 0, 1, number), refuse)),
+        *(step for number in (*refused, IO_URING_SETUP) for step in ((IF_EQUAL, 0, 1, number), refuse)),
+        *((IF_EQUAL, 0, 4, socketpair), (LOAD, 0, 0, SOCKET_TYPE), (IF_SET, 0, 1, OTHER_TYPES), refuse),
+        (RETURN, 0, 0, ALLOW),
         # Its flags are out of reach. The C library falls back to `clone` where it is not implemented.
         *((IF_EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, REFUSE | errno.ENOSYS)),
         *((IF_EQUAL, 0, 3, clone), (LOAD, 0, 0, FLAGS), (IF_SET, 1, 0, CLONE_THREAD), refuse),
@@ -127,7 +137,7 @@ def main() -> None:
     lock(folders, os.getcwd())
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
     limit(memory, seconds, file_size)
-    forbid_processes()
+    forbid_processes_and_sockets()
     os.execv(sys.executable, [sys.executable, "-I", "main.py"])
 
 

@@ -157,9 +157,10 @@ class Toolbox:
         """What a call gives, as text; what went wrong begins with `Error:`."""
         try:
             result = self._run(call)
+            # A result may have no form in JSON.
+            text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
         except Exception as error:
-            result = f"Error: {error}" if str(error) else f"Error: {type(error).__name__}"
-        text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+            text = f"Error: {error}" if str(error) else f"Error: {type(error).__name__}"
         if len(text) > MAX_RESULT_LENGTH:
             text = f"{text[:MAX_RESULT_LENGTH]} (and {len(text) - MAX_RESULT_LENGTH} characters more)"
         # Half of a surrogate pair could not be encoded.

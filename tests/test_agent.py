@@ -144,6 +144,11 @@ def test_a_result_is_text_of_some_length() -> None:
     assert len(box.run(Call("next", {}))) < MAX_RESULT_LENGTH + 50
     assert box.run(Call("next", {})) == "?"
     assert [box.run(Call("next", {})), box.run(Call("next", {}))] == ['"{1, 2}"', "null"]
+    assert (
+        Toolbox([Tool(box.descriptions[0], lambda: {(1, 2): 3})])
+        .run(Call("next", {}))
+        .startswith("Error: keys must be")
+    )
 
 
 def test_tools_come_from_a_file(tmp_path: Path) -> None:

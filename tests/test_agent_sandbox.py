@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -58,7 +59,7 @@ def interpreter() -> CodeInterpreter:
 
 
 PROBE = """
-import ctypes, os, signal, socket, subprocess, threading, urllib.request
+import asyncio, ctypes, os, signal, socket, subprocess, threading, urllib.request
 
 def attempt(name, action):
     try:
@@ -68,6 +69,10 @@ def attempt(name, action):
 
 found = {}
 attempt("network", lambda: socket.create_connection(("127.0.0.1", PORT), 5))
+attempt("socket in the file system", lambda: socket.socket(socket.AF_UNIX).connect(SOCKET))
+attempt("datagrams", lambda: socket.socketpair(type=socket.SOCK_DGRAM)[0].connect(SOCKET))
+attempt("sockets of io_uring", lambda: ctypes.CDLL(None).syscall(425, 2, ctypes.create_string_buffer(256)))
+attempt("own sockets", lambda: asyncio.run(asyncio.sleep(0)))
 attempt("web", lambda: urllib.request.urlopen("http://example.com", timeout=5))
 attempt("write outside", lambda: open(OUTSIDE + "/new", "w"))
 attempt("read outside", lambda: open(OUTSIDE + "/secret").read())
@@ -89,7 +94,11 @@ attempt("thread", lambda: threading.Thread(target=print).start())
 print(found)
 """
 REFUSED = {
-    "network": "OSError",
+    "network": "PermissionError",
+    "socket in the file system": "PermissionError",
+    "datagrams": "PermissionError",
+    "sockets of io_uring": "-1",
+    "own sockets": "None",
     "web": "URLError",
     "write outside": "PermissionError",
     "read outside": "PermissionError",
@@ -117,8 +126,16 @@ def test_code_is_locked_in(interpreter: CodeInterpreter, monkeypatch: pytest.Mon
     monkeypatch.setenv("HF_TOKEN", "secret")
     (tmp_path / "secret").write_text("secret", encoding="utf-8")
     victim = subprocess.Popen(["sleep", "600"])
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        # Of a desktop or of Docker, say. Its path has to be short.
+        tempfile.TemporaryDirectory() as folder,
+        socket.socket(socket.AF_UNIX) as local,
+    ):
+        local.bind(f"{folder}/socket")
+        local.listen()
         values = {"PORT": server.getsockname()[1], "OUTSIDE": str(tmp_path), "PROCESS": victim.pid}
+        values["SOCKET"] = f"{folder}/socket"
         setup = "".join(f"{name} = {value!r}\n" for name, value in values.items())
         output = interpreter(setup + PROBE)
     assert victim.poll() is None
@@ -177,7 +194,7 @@ def test_where_code_cannot_be_locked_in_there_is_no_interpreter(monkeypatch: pyt
 
 
 @needs_a_sandbox
-@pytest.mark.parametrize("lock", ["lock(", "forbid_processes(", "limit("])
+@pytest.mark.parametrize("lock", ["lock(", "forbid_processes_and_sockets(", "limit("])
 def test_a_lock_that_fails_stops_the_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lock: str) -> None:
     source = agent_sandbox.INSIDE.read_text(encoding="utf-8")
     inside = tmp_path / "inside.py"
