@@ -37,6 +37,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 OPEN_PATHS = ("/health",)
 # Seconds that a body may take to arrive.
 BODY_SECONDS = 60
+# Seconds that a client may take to read an answer, after the time that the answer may take.
+READING_SECONDS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,8 @@ class Guard:
                     f"The server answers {self.limits.requests} requests at once. Try again.", status=429
                 )
             body = await read_body(scope, receive, self.limits.body_bytes)
-            await run_until_disconnect(self.app, scope, body, receive, watched_send)
+            seconds = self.limits.seconds + READING_SECONDS
+            await run_until_disconnect(self.app, scope, body, receive, watched_send, seconds)
         except RequestError as error:
             await error_response(scope["path"], error)(scope, receive, watched_send)
         except Disconnected:
@@ -160,10 +163,13 @@ def check_json(body: bytes) -> None:
         raise RequestError(f"The body must be a JSON object, not {type(content).__name__}.")
 
 
-async def run_until_disconnect(app: Any, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+async def run_until_disconnect(
+    app: Any, scope: Scope, body: bytes, receive: Receive, send: Send, seconds: float
+) -> None:
     """Run the application with a body that was read, and cancel it when the client goes away.
 
-    By itself, an answer that is not streamed would be generated to its end.
+    By itself, an answer that is not streamed would be generated to its end, and a client that stays and reads nothing
+    would keep its place for ever: it has this many seconds.
     """
     is_read, is_gone = False, asyncio.Event()
 
@@ -182,7 +188,7 @@ async def run_until_disconnect(app: Any, scope: Scope, body: bytes, receive: Rec
 
     work, watcher = asyncio.create_task(app(scope, replay, send)), asyncio.create_task(watch())
     try:
-        await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({work, watcher}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     finally:
         # Whoever is cancelled here has nothing left to do: the response is complete, or nobody reads it.
         watcher.cancel()
