@@ -451,6 +451,11 @@ class BlankFillingMixin:
             count = torch.arange(1, room)
             further = torch.stack((positions[:, 0, -1:] + 0 * count, positions[:, 1, -1:] + count), dim=1)
             inputs["position_ids"] = torch.cat((positions, further), dim=-1)
+            if room > self.config.max_prompt_length - 1:
+                raise ValueError(
+                    f"An answer of {room} tokens has more than the {self.config.max_prompt_length - 1} positions of this "
+                    "model: give less `max_new_tokens`."
+                )
             place = torch.arange(length + room - 1)
             first = torch.tensor([length - len(row) for row in rows])[:, None, None]
             behind = first + torch.tensor([num_context for _, _, num_context in appended])[:, None, None]

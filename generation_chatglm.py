@@ -232,7 +232,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         inputs, kwargs = unpack_encoding(inputs, kwargs)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
-            self._check_prompt(input_ids)
+            self._check_prompt(input_ids, kwargs.get("position_ids"))
             if kwargs.get("attention_mask") is None:
                 # `<unk>` and padding share the id 0, so the library would take an `<unk>` of the prompt for padding.
                 kwargs["attention_mask"] = torch.ones_like(input_ids)
@@ -267,7 +267,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
         return any(self._setting(name, kwargs, generation_config) not in (None, False) for name in names)
 
-    def _check_prompt(self, input_ids: torch.Tensor) -> None:
+    def _check_prompt(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> None:
         if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
             found = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
             raise ValueError(f"The prompt must be a tensor of at least one id, [batch, seq]; got {found}.")
@@ -277,9 +277,13 @@ class ChatGLMGenerationMixin(GenerationMixin):
                 f"The prompt holds the id {lowest if lowest < 0 else highest}, outside the vocabulary of "
                 f"{self.config.vocab_size} ids. Was it encoded with another model's tokenizer?"
             )
-        if input_ids.shape[1] > self.config.max_prompt_length:
+        num_tokens = input_ids.shape[1]
+        # CODEPATH: glm, whose earlier answers stand where their blanks do and take no positions of their own.
+        if self.config.learned_positions and position_ids is not None:
+            num_tokens = int(position_ids[..., :num_tokens].max()) + 1
+        if num_tokens > self.config.max_prompt_length:
             raise ValueError(
-                f"The prompt has {input_ids.shape[1]} tokens, more than the {self.config.max_prompt_length} "
+                f"The prompt has {num_tokens} tokens, more than the {self.config.max_prompt_length} "
                 "positions of this model (`seq_length` in its config.json). Shorten the history or the query."
             )
 
@@ -527,7 +531,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """
         _, kwargs = unpack_encoding(input_ids, drop_unknown_settings(self._inner_model(), kwargs))
         input_ids = kwargs.pop("input_ids", input_ids)
-        self._check_prompt(input_ids)
+        self._check_prompt(input_ids, kwargs.get("position_ids"))
         self._check_streamable(generation_config, kwargs)
         if return_past_key_values and has_soft_prompt(self):
             raise ValueError("PEFT keeps the cache of a soft prompt to itself: leave `return_past_key_values` out.")

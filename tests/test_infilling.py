@@ -250,6 +250,22 @@ def test_batch_stream_and_beams(
 
 
 @every_glm
+def test_answers_take_no_positions_of_the_text(name: str, blank_model: Callable[[str], PreTrainedModel]) -> None:
+    """A text and its first answer may have more tokens than the model has positions."""
+    model, tokenizer = blank_model(name), glm_words(GLM_KINDS[name])
+    limit = model.config.max_prompt_length
+    text = "[MASK] " + "12 " * (limit - 12) + "[MASK]"
+    filled = model.infill(tokenizer, text, max_new_tokens=20, min_new_tokens=20)
+    assert [len(ids) for ids in filled.span_ids] == [20, 20]
+    with pytest.raises(ValueError, match=f"more than the {limit} positions"):
+        model.infill(tokenizer, text + "12 " * 20, max_new_tokens=2)
+    with pytest.raises(ValueError, match=f"An answer of {limit} tokens has more than the {limit - 1} positions"):
+        model.infill(tokenizer, "12 [MASK]", max_new_tokens=limit)
+    spans = model.infill(tokenizer, "12 [MASK]", max_new_tokens=limit - 1, min_new_tokens=limit - 1).span_ids
+    assert len(spans[0]) == limit - 1
+
+
+@every_glm
 def test_choices_are_scored_as_recorded(name: str, blank_model: Callable[[str], PreTrainedModel]) -> None:
     kind, model = GLM_KINDS[name], blank_model(name)
     tokenizer, scores = glm_words(kind), cloze_scores()
