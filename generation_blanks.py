@@ -24,7 +24,7 @@ What is unusual here:
   are asked how likely a choice is behind the text: each choice begins with a copy of the text's last token.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -223,6 +223,12 @@ def split_at_masks(text: str, masks: Sequence[str]) -> tuple[list[str], list[str
     return parts, found
 
 
+def check_lengths(max_new_tokens: int | None, settings: Mapping[str, Any]) -> None:
+    """Refuse to fill blanks without a limit: an end token need not come."""
+    if max_new_tokens is None and settings.get("max_length") is None:
+        raise ValueError("`max_new_tokens` is None: give `max_length`, which then says where an answer ends at last.")
+
+
 def pad_left(rows: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
     """`[batch, longest]`."""
     length = max(map(len, rows))
@@ -381,13 +387,14 @@ class BlankFillingMixin:
             An [`Infilled`], or a list of them.
 
         Raises:
-            ValueError: for no text at all, a model that knows no blanks, or `num_return_sequences`.
+            ValueError: for no text at all, a model that knows no blanks, neither length, or `num_return_sequences`.
             TypeError: for anything but texts.
         """
         texts = [text] if isinstance(text, str) else list(text)
         batch = [find_blanks(infill_format(self.config), tokenizer, one) for one in texts]
         if not batch:
             raise ValueError("`text` must be a text or a list of at least one, got none.")
+        check_lengths(max_new_tokens, kwargs)
         if (num_answers := kwargs.get("num_return_sequences")) not in (None, 1):
             raise ValueError(f"A blank has one answer: `num_return_sequences` is {num_answers}.")
         while waiting := [blanks for blanks in batch if blanks.next_blank is not None]:
@@ -404,6 +411,7 @@ class BlankFillingMixin:
         """Fill the blanks of one text, yielding it after every token; see [`infill`]. The last yield equals its result."""
         if not isinstance(text, str):
             raise TypeError(f"One text can be streamed, got {type(text).__name__}.")
+        check_lengths(max_new_tokens, kwargs)
         return self._stream_blanks(
             tokenizer, find_blanks(infill_format(self.config), tokenizer, text), max_new_tokens, kwargs
         )
@@ -445,7 +453,7 @@ class BlankFillingMixin:
             appended = [blanks.append_answers(start) for blanks in batch]
             rows = [row for row, _, _ in appended]
             length = max(map(len, rows))
-            room = max_new_tokens or max((kwargs.get("max_length") or length + 1) - length, 1)
+            room = max_new_tokens or max(kwargs["max_length"] - length, 1)
             positions = torch.stack([pad_left([row[axis] for _, row, _ in appended], 0) for axis in (0, 1)], dim=1)
             # The last token that is generated is not read again.
             count = torch.arange(1, room)

@@ -188,7 +188,7 @@ class GLMTokenizerMixin(PreTrainedTokenizerBase):
         Raises:
             ValueError: if a row has no blank.
         """
-        context, mask = torch.as_tensor(model_input["input_ids"]), torch.as_tensor(model_input["attention_mask"])
+        context, mask, device = _read_context(model_input)
         columns = self._blank_columns(context, self.mask_token_ids)
         answers = None if targets is None else [self._answer_ids(one)[:max_gen_length] for one in _as_batch(targets)]
         if answers is not None and len(answers) != len(context):
@@ -200,7 +200,7 @@ class GLMTokenizerMixin(PreTrainedTokenizerBase):
         if answers is None:
             ids = torch.cat((context, start), dim=1)
             named = {"position_ids": position_ids, "generation_attention_mask": visible}
-            return BatchEncoding({"input_ids": ids, **named})
+            return BatchEncoding({"input_ids": ids, **named}).to(device)
         padded = torch.tensor([[*one, *[self.pad_token_id] * (length - len(one))] for one in answers])
         labels = torch.tensor([[*one, *[IGNORED] * (length - len(one))] for one in answers])
         return BatchEncoding(
@@ -210,7 +210,7 @@ class GLMTokenizerMixin(PreTrainedTokenizerBase):
                 "attention_mask": visible,
                 "labels": F.pad(labels, (context.shape[1], 0), value=IGNORED),
             }
-        )
+        ).to(device)
 
     def build_inputs_for_multiple_choice(
         self, model_input: Mapping[str, torch.Tensor], choices: Sequence[Sequence[Any]], max_length: int | None = None
@@ -228,11 +228,13 @@ class GLMTokenizerMixin(PreTrainedTokenizerBase):
             where they are predicted (`choice_indices`). Rows are padded on the right with id 0.
 
         Raises:
-            ValueError: if a row has no `[MASK]`, or no choices.
+            ValueError: if a row has no `[MASK]`, or no choices, or an empty one.
         """
-        context, mask = torch.as_tensor(model_input["input_ids"]), torch.as_tensor(model_input["attention_mask"])
+        context, mask, device = _read_context(model_input)
         if len(choices) != len(context) or not all(choices):
             raise ValueError(f"Give at least one choice for each of {len(context)} rows, got {[*map(len, choices)]}.")
+        if not all(len(answer) for answers in choices for answer in answers):
+            raise ValueError("A choice has no text, so nothing tells how likely it is.")
         columns = self._blank_columns(context, [self.mask_token_id])
         length = context.shape[1]
         rows: list[tuple[torch.Tensor, ...]] = []
@@ -241,7 +243,7 @@ class GLMTokenizerMixin(PreTrainedTokenizerBase):
             ids = [torch.tensor(self._text_ids(answer)[:max_length], dtype=torch.long) for answer in answers]
             blocks = torch.cat([torch.arange(1, len(one) + 1) for one in ids])
             starts = [length + sum(map(len, ids[:number])) for number in range(len(ids))]
-            fed = [F.pad(one[:-1], (1, 0), value=self.sop_token_id) for one in ids if len(one)]
+            fed = [F.pad(one[:-1], (1, 0), value=self.sop_token_id) for one in ids]
             visible = torch.block_diag(*(torch.ones(len(one), len(one)).tril() for one in ids)).to(mask.dtype)
             rows.append(
                 (
@@ -261,7 +263,7 @@ class GLMTokenizerMixin(PreTrainedTokenizerBase):
             torch.stack([F.pad(row[2], (0, more, 0, more)) for row, more in zip(rows, padding)])[:, None],
         ]
         tensors = dict(zip(("input_ids", "position_ids", "attention_mask"), named))
-        return BatchEncoding({**tensors, "choice_ids": choice_ids, "choice_indices": choice_indices})
+        return BatchEncoding({**tensors, "choice_ids": choice_ids, "choice_indices": choice_indices}).to(device)
 
     def _blank_columns(self, ids: torch.Tensor, blank_ids: list[int]) -> torch.Tensor:
         """Where the first blank of each row stands, `[batch]`."""
@@ -277,6 +279,12 @@ class GLMTokenizerMixin(PreTrainedTokenizerBase):
 
     def _answer_ids(self, text: Any) -> list[int]:
         return [*self._text_ids(text), self.eop_token_id]
+
+
+def _read_context(model_input: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.device]:
+    """Ids and mask, each `[batch, context]`, on the CPU, where the rest is built, and the device they came from."""
+    ids, mask = torch.as_tensor(model_input["input_ids"]), torch.as_tensor(model_input["attention_mask"])
+    return ids.cpu(), mask.cpu(), ids.device
 
 
 def _as_batch(targets: Any) -> list[Any]:

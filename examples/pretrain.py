@@ -266,6 +266,12 @@ def make_trainer(arguments: PretrainArguments, run: RunArguments) -> Trainer:
     """
     if arguments.objective not in (*OBJECTIVES, CAUSAL):
         raise ValueError(f"objective: must be one of {', '.join(OBJECTIVES)} or causal, got {arguments.objective}")
+    # Each span needs a blank, a start and an end. Fifteen tokens in a hundred are cut out, in spans of one at the shortest.
+    if arguments.objective != CAUSAL and arguments.row_length < 1.25 * arguments.max_length:
+        raise ValueError(
+            f"row_length: {arguments.row_length} is too little for documents of {arguments.max_length} tokens and what "
+            f"their blanks add; give {round(1.3 * arguments.max_length)}, or a smaller max_length"
+        )
     set_seed(run.seed)
     # One process makes the tokenizer, and the others find it.
     with run.main_process_first():

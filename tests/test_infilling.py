@@ -349,6 +349,8 @@ def test_bad_questions_are_refused(
     # Read as answers to the texts one after the other, the second would be that of the first text again.
     with pytest.raises(ValueError, match="`num_return_sequences` is 2"):
         model.infill(tokenizer, ["a [MASK]", "b [MASK]"], num_beams=2, num_return_sequences=2)
+    with pytest.raises(ValueError, match="`max_new_tokens` is None: give `max_length`"):
+        model.infill(tokenizer, "a [MASK]", max_new_tokens=None)
     with pytest.raises(TypeError, match="must be a string"):
         model.infill(tokenizer, [3])
     with pytest.raises(TypeError, match="One text"):

@@ -112,6 +112,8 @@ def test_questions_are_held_out(programs: SimpleNamespace) -> None:
 def test_a_bad_objective_is_named(programs: SimpleNamespace, capsys: Any, tmp_path: Path) -> None:
     assert programs.pretrain.main(["--output_dir", str(tmp_path), "--objective", "glm-10"]) == 2
     assert "objective: must be one of glm-large" in capsys.readouterr().err
+    assert programs.pretrain.main(["--output_dir", str(tmp_path), "--max_length", "512"]) == 2
+    assert "row_length: 160 is too little for documents of 512 tokens" in capsys.readouterr().err
 
 
 PATTERN = ["--pattern", "{text} Now there are [MASK].", "--verbalizers", '{"more": "more", "fewer": "fewer"}']

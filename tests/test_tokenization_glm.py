@@ -161,6 +161,8 @@ def test_inputs_for_multiple_choice(name: str, key: str, tokenizer: Named, case:
         assert [[one.tolist() for one in row] for row in built[part]] == values
     with pytest.raises(ValueError, match="at least one choice for each of 2 rows"):
         glm.build_inputs_for_multiple_choice(inputs, [["a"], []])
+    with pytest.raises(ValueError, match="A choice has no text"):
+        glm.build_inputs_for_multiple_choice(inputs, [["a"], ["b", ""]])
 
 
 @every_glm
