@@ -64,6 +64,9 @@ class Screen:
         self.received = ""
 
     def type(self, keys: str | bytes) -> None:
+        # Python's line editor sees Ctrl-C at the next key only, if it comes while a line is drawn.
+        if keys == CTRL_C:
+            time.sleep(0.3)
         os.write(self.terminal, keys.encode() if isinstance(keys, str) else keys)
 
     def read_until(self, text: str) -> str:

@@ -68,8 +68,7 @@ def name(values: tuple[Any, ...]) -> str:
     return "-".join(str(value) for value in values)
 
 
-@pytest.fixture(scope="module")
-def errors() -> dict[str, float]:
+def run_interpreter() -> dict[str, Any]:
     """The error of every case, from the other process."""
     pytest.importorskip("triton", reason="needs Triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -78,23 +77,7 @@ def errors() -> dict[str, float]:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", PRODUCTS, ids=name)
-def test_product(errors: dict[str, float], case: tuple[Any, ...]) -> None:
-    assert errors[name(case)] < LIMITS[case[6]]
-
-
-@pytest.mark.parametrize("case", DEQUANTIZED, ids=name)
-def test_dequantize_is_exact(errors: dict[str, float], case: tuple[Any, ...]) -> None:
-    assert errors[name(case)] == 0
-
-
-@pytest.mark.parametrize(
-    "case", ["int8-3", "int4-3", "int4-17", "int4-64", "int4-65", "int4-narrow", "int4-old-triton"]
-)
-def test_linear_chooses_a_kernel(errors: dict[str, float], case: str) -> None:
-    assert errors[f"linear-{case}"] < LIMITS["float32"]
-
-
+LINEAR = ["int8-3", "int4-3", "int4-17", "int4-64", "int4-65", "int4-narrow", "int4-old-triton"]
 LAUNCHED = {
     "int8-3": ["int8_few_rows_kernel"],
     "int4-3": ["int4_few_rows_kernel"],
@@ -105,20 +88,30 @@ LAUNCHED = {
 }
 
 
-@pytest.mark.parametrize("case", LAUNCHED)
-def test_a_product_is_one_launch(errors: dict[str, Any], case: str) -> None:
-    """The input is read as it is and no parts are added afterwards, and nothing but the result takes memory."""
-    launched, operators = errors[f"launched-{case}"]
-    assert launched == LAUNCHED[case]
-    # Views launch nothing.
-    work = [name for name in operators if name not in ("aten.view", "aten.t", "aten.detach")]
-    assert work == (["aten.empty"] if "few_rows" in launched[0] else ["aten.empty", "aten.addmm"])
-
-
-def test_old_triton_is_said(errors: dict[str, Any]) -> None:
-    (message,) = errors["warnings"]
-    assert "on gfx942" in message
-    assert "need Triton 3.3 (torch 2.7) or newer, and this is Triton 3.2.0" in message
+def test_every_case(subtests: pytest.Subtests) -> None:
+    """One test, so that tests that run side by side do not start the other process twice."""
+    errors = run_interpreter()
+    for case in PRODUCTS:
+        with subtests.test("product", case=name(case)):
+            assert errors[name(case)] < LIMITS[case[6]]
+    for case in DEQUANTIZED:
+        with subtests.test("dequantizing is exact", case=name(case)):
+            assert errors[name(case)] == 0
+    for linear in LINEAR:
+        with subtests.test("a linear layer chooses a kernel", case=linear):
+            assert errors[f"linear-{linear}"] < LIMITS["float32"]
+    for linear, kernels in LAUNCHED.items():
+        # The input is read as it is and no parts are added afterwards, and nothing but the result takes memory.
+        with subtests.test("a product is one launch", case=linear):
+            launched, operators = errors[f"launched-{linear}"]
+            assert launched == kernels
+            # Views launch nothing.
+            work = [operator for operator in operators if operator not in ("aten.view", "aten.t", "aten.detach")]
+            assert work == (["aten.empty"] if "few_rows" in launched[0] else ["aten.empty", "aten.addmm"])
+    with subtests.test("old versions of Triton are named"):
+        (message,) = errors["warnings"]
+        assert "on gfx942" in message
+        assert "need Triton 3.3 (torch 2.7) or newer, and this is Triton 3.2.0" in message
 
 
 def float16_value(bits: int) -> float:

@@ -45,6 +45,7 @@ def launch(words: list[str], num_processes: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.grid
 def test_two_processes_equal_one_with_the_batch_of_both(
     make_settings: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -55,7 +55,7 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
             "per_device_eval_batch_size": 1000,
             "generate_samples": 0,
         },
-        "dataloader_drop_last: 367 rows do not fill one batch of 1000",
+        "dataloader_drop_last: 429 rows do not fill one batch of 1000",
     ),
     "tracker": ({"report_to": "nobody"}, "report_to: nobody is not supported"),
     "checkpointing": (

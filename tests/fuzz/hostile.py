@@ -38,7 +38,7 @@ from hypothesis import strategies as st
 NUM_EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 settings.register_profile(
     "hostile",
-    max_examples=int(NUM_EXAMPLES or 20),
+    max_examples=int(NUM_EXAMPLES or 12),
     derandomize=NUM_EXAMPLES is None,
     # A busy machine is slow, and the values are large on purpose.
     deadline=None,
