@@ -84,7 +84,8 @@ $(FLOOR)/installed: requirements/floor.txt requirements/common.txt
 %/installed:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
 	@test -x $*/bin/python || $(PYTHON) -m venv $*
-	$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@# What is imported is compiled then; all of torch would take a minute.
+	$*/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r $<
 	@touch $@
 
 # It sees the packages of the newest environment, so that torch is not installed once more.
@@ -92,7 +93,7 @@ $(PROGRAMS)/installed: requirements/programs.txt requirements/serving.txt $(NEWE
 	@test -x $(PROGRAMS)/bin/python || $(NEWEST)/bin/python -m venv $(PROGRAMS)
 	@$(NEWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(PROGRAMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth
-	$(PROGRAMS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(PROGRAMS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r $<
 	@touch $@
 
 # The source distribution has the files of tests/ that models share, not the folders beside them.

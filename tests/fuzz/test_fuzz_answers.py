@@ -26,8 +26,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 
-pytestmark = pytest.mark.floor
-
 # What may stand before an answer: nothing, a system message with tools, or one without.
 OFFERS: list[list[dict[str, Any]]] = [
     [],

@@ -23,9 +23,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 
-pytestmark = pytest.mark.floor
-
-
 def refusal(call: Callable[[], Any]) -> str | None:
     """What a call was refused with; it may raise nothing but a ValueError or a TypeError that says something."""
     try:

@@ -24,9 +24,6 @@ from hypothesis import strategies as st
 from test_fuzz_conversations import refusal
 
 
-pytestmark = pytest.mark.floor
-
-
 @pytest.mark.parametrize("name", GENERATION_CASES)
 @given(given_ids=ids(), skips=st.sampled_from([None, True, False]))
 def test_any_ids_are_decoded_or_refused(
