@@ -427,7 +427,10 @@ def test_the_commands_of_the_page_for_a_running_server(server: Server, tmp_path:
 
     blocks = page_blocks("the server above")
     shell = "\n".join(here(block.code) for block in blocks if block.language == "bash")
-    done = subprocess.run(["bash", "-ec", shell], capture_output=True, text=True, check=True)
+    # `python` is the one that runs the tests.
+    paths = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    run = {"capture_output": True, "text": True, "check": True, "cwd": REPOSITORY}
+    done = subprocess.run(["bash", "-ec", shell], **run, env={**os.environ, "PATH": paths})
     assert done.stdout.count(HELLO) >= 4 and "error" not in done.stdout
     program = "\n".join(here(block.code) for block in blocks if block.language == "python")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
