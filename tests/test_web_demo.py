@@ -18,6 +18,7 @@ here depends on how fast the machine is.
 """
 
 import importlib
+import json
 import shutil
 import socket
 import sys
@@ -127,6 +128,16 @@ class Visitor:
                 return
             self.page.wait_for_timeout(50)
         raise AssertionError("this did not come about")
+
+    def wait_for_titles(self, *titles: str) -> None:
+        """Wait until the page lists these conversations and the browser has written them down."""
+        shown = self.page.locator("#chats label")
+        self.wait_until(lambda: shown.all_inner_texts() == list(titles) and self.num_saved == len(titles))
+
+    @property
+    def num_saved(self) -> int:
+        saved: str | None = self.page.evaluate(f"localStorage.getItem({load_part('web_page').KEY!r})")
+        return len(json.loads(saved or "[]"))
 
     @property
     def bubbles(self) -> list[str]:
@@ -294,7 +305,7 @@ def test_stream_stop_retry_edit_and_undo(site: Site, visitor: Visitor) -> None:
     visitor.wait_until(lambda: site.model.ended[count:] == ["How are you?"])
     visitor.wait_until_ready()
     visitor.chat.get_by_text("What would you like to know?").wait_for()
-    assert visitor.page.locator("#chats label").count() == 0
+    visitor.wait_for_titles()
 
 
 def test_a_conversation_in_chinese_on_a_phone_in_the_dark(site: Site) -> None:
@@ -352,15 +363,14 @@ def test_old_conversations_are_kept(site: Site, visitor: Visitor) -> None:
     other_window.ask("Hello!", "Hello! I am")
     # The first window has not seen what the other one did, and must not undo it.
     visitor.ask("I am fine, too.", "I am glad to hear that.")
-    titles = visitor.page.locator("#chats label")
-    assert titles.all_inner_texts() == ["How are you?", "Hello!"]
-    titles.last.click()
+    visitor.wait_for_titles("How are you?", "Hello!")
+    visitor.page.locator("#chats label").last.click()
     visitor.wait_for("Hello! I am")
     visitor.click("Clear")
-    visitor.chat.get_by_text("What would you like to know?").wait_for()
+    visitor.wait_for_titles("How are you?")
     visitor.page.reload()
     visitor.wait_for("I am glad to hear that.")
-    assert titles.all_inner_texts() == ["How are you?"]
+    visitor.wait_for_titles("How are you?")
 
 
 def test_tools_are_called_and_given_results(site: Site, visitor: Visitor) -> None:
