@@ -49,6 +49,8 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring, logging
 
+from .configuration_vision import VisionSettings
+
 
 # The version of these files, all of them together.
 __version__ = "0.2.0"
@@ -73,6 +75,9 @@ GLM_AUTO_MAP = {
     "AutoModelForMultipleChoice": "modeling_glm.GLMForMultipleChoice",
     "AutoModelForSequenceClassification": "modeling_glm.GLMForSequenceClassification",
 }
+
+# The same for GLM-4V.
+VISION_AUTO_MAP = {"AutoModelForImageTextToText": "modeling_chatglm.ChatGLMForConditionalGeneration"}
 
 # The library's name of a value -> its name in the published files.
 PUBLISHED_KEYS = {
@@ -244,8 +249,8 @@ GENERATION_FEATURES: dict[str, GenerationFeatures] = {
 
 # Where nothing tells, as between ChatGLM2 and ChatGLM3.
 DEFAULT_MODEL_VERSION = "chatglm3"
-# Keys of config.json of the members of the family that see images, and what these are called.
-IMAGE_KEYS = {"eva_config": "visualglm-6b", "vision_config": "glm-4v-9b", "boi_token_id": "glm-4v-9b"}
+# Keys of config.json of members of the family whose eyes are of another kind, and what these are called.
+IMAGE_KEYS = {"eva_config": "visualglm-6b"}
 
 
 def infer_model_version(config: Mapping[str, Any]) -> str | None:
@@ -286,10 +291,10 @@ def infer_model_version(config: Mapping[str, Any]) -> str | None:
 
 
 def refuse_images(config: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` for a `config.json` of a model that sees images, whose other half would be left out."""
+    """Raise a `ValueError` for a `config.json` of a model with eyes that are not known here and would be left out."""
     for key, name in IMAGE_KEYS.items():
         if config.get(key) is not None:
-            raise ValueError(f"config.json has {key!r}, as {name} does: models that see images are not supported.")
+            raise ValueError(f"config.json has {key!r}, as {name} does: such eyes are not supported.")
 
 
 def own_field_names() -> set[str]:
@@ -351,6 +356,12 @@ class ChatGLMConfig(PreTrainedConfig):
         Number of virtual tokens of P-tuning v2 (https://arxiv.org/abs/2110.07602).
     prefix_projection (`bool`):
         Whether an MLP makes the prefix from its embedding.
+    vision_config (`dict`, *optional*):
+        GLM-4V: the sizes of its eyes under their published names; see `VisionSettings`.
+    boi_token_id (`int`, *optional*):
+        GLM-4V: id of `<|begin_of_image|>`, behind which a picture stands.
+    eoi_token_id (`int`, *optional*):
+        GLM-4V: id of `<|end_of_image|>`.
     """
 
     model_type = "chatglm"
@@ -416,6 +427,9 @@ class ChatGLMConfig(PreTrainedConfig):
     mask_token_id: int | None = None
     gmask_token_id: int | None = None
     smask_token_id: int | None = None
+    vision_config: dict[str, Any] | None = None
+    boi_token_id: int | None = None
+    eoi_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_images(kwargs)
@@ -500,6 +514,12 @@ class ChatGLMConfig(PreTrainedConfig):
         for name in ("embedding_dropout", "hidden_dropout", "attention_dropout", "classifier_dropout"):
             if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        if self.vision_config is not None:
+            VisionSettings.from_dict(self.vision_config)
+            if self.boi_token_id is None or self.eoi_token_id is None:
+                raise ValueError(
+                    "`vision_config` needs `boi_token_id` and `eoi_token_id`, between which a picture stands."
+                )
 
     @property
     def features(self) -> GenerationFeatures:
@@ -662,7 +682,7 @@ class ChatGLMConfig(PreTrainedConfig):
             config_dict.pop("quantization_config", None)
         if auto_map := config_dict.get("auto_map"):
             # Names loaded from a hub have its repository before `--`, whose code would be loaded instead of the saved.
-            own = {**AUTO_MAP, **self.features.auto_map}
+            own = {**AUTO_MAP, **self.features.auto_map, **(VISION_AUTO_MAP if self.vision_config else {})}
             local = {name: value for name, value in auto_map.items() if str(value).split("--")[-1] != own.get(name)}
             config_dict["auto_map"] = {**own, **local}
         published_keys = self.features.published_keys

@@ -232,7 +232,9 @@ class ChatGLMGenerationMixin(GenerationMixin):
         inputs, kwargs = unpack_encoding(inputs, kwargs)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
-            self._check_prompt(input_ids, kwargs.get("position_ids"))
+            # With pictures, the ids were checked before those made them longer.
+            if kwargs.get("image_features") is None:
+                self._check_prompt(input_ids, kwargs.get("position_ids"))
             if kwargs.get("attention_mask") is None:
                 # `<unk>` and padding share the id 0, so the library would take an `<unk>` of the prompt for padding.
                 kwargs["attention_mask"] = torch.ones_like(input_ids)

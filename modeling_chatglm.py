@@ -52,6 +52,14 @@ from .generation_chatglm import ChatGLMGenerationMixin
 from .linear_cpu import ChatGLMLinear
 from .modeling_cache import let_cache_grow
 from .modeling_layers import ChatGLMAttention, ChatGLMBlock, ChatGLMEncoder, ChatGLMRotaryEmbedding
+from .modeling_pictures import (
+    PictureGenerationMixin,
+    PictureModelMixin,
+    expand_labels,
+    expand_mask,
+    lay_out_pictures,
+    reads_pictures,
+)
 from .modeling_positions import (
     continue_positions,
     count_positions,
@@ -76,6 +84,7 @@ from .modeling_prefix import (
     lacks_prefix,
 )
 from .quantization import ChatGLMQuantizationMixin, init_quantized_linear
+from .vision_chatglm import ChatGLMVisionModel
 
 
 # The attention implementations that take a mask of any form.
@@ -141,11 +150,11 @@ def take_published_names(model: PreTrainedModel, state_dict: dict[str, Any], pre
 
 
 @auto_docstring
-class ChatGLMPreTrainedModel(PrefixTuningMixin, ChatGLMQuantizationMixin, PreTrainedModel):
+class ChatGLMPreTrainedModel(PictureModelMixin, PrefixTuningMixin, ChatGLMQuantizationMixin, PreTrainedModel):
     config: ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ChatGLMBlock"]
+    _no_split_modules = ["ChatGLMBlock", "ChatGLMPatchEmbedding", "ChatGLMVisionLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     # Published files store these buffers, but they can be computed from the configuration.
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$", r"rotary_emb\.inv_freq$"]
@@ -198,6 +207,10 @@ class ChatGLMPreTrainedModel(PrefixTuningMixin, ChatGLMQuantizationMixin, PreTra
             init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+            # Vectors of GLM-4V's eyes that are no layers.
+            for name in ("cls_embedding", "boi", "eoi"):
+                if isinstance(vector := getattr(module, name, None), nn.Parameter):
+                    init.normal_(vector, std=self.config.initializer_range)
 
     def dequantize(self, *args: Any, **kwargs: Any) -> Any:
         """Turn quantized weights back into floats; see [`ChatGLMQuantizationMixin`]."""
@@ -278,6 +291,8 @@ class ChatGLMModel(PrefixModelMixin, ChatGLMPreTrainedModel):
             self.rotary_pos_emb = ChatGLMRotaryEmbedding(config)
         self.encoder = ChatGLMEncoder(config)
         self.output_layer = ChatGLMLinear(config.hidden_size, config.vocab_size, bias=False)
+        # CODEPATH: glm-4v-9b has eyes; the others read text alone.
+        self.vision = ChatGLMVisionModel(config) if config.vision_config is not None else None
         self.prefix_encoder = None
         # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
         if config.pre_seq_len is not None:
@@ -317,6 +332,7 @@ class ChatGLMModel(PrefixModelMixin, ChatGLMPreTrainedModel):
         return position_ids, F.dropout(hidden_states, self.config.embedding_dropout, self.training), None
 
     @as_published
+    @reads_pictures
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring(
@@ -387,7 +403,7 @@ class ChatGLMModel(PrefixModelMixin, ChatGLMPreTrainedModel):
     custom_intro="The language model: `generate`, and `chat` in the conversation format of its generation."
 )
 class ChatGLMForConditionalGeneration(
-    PrefixGenerationMixin, ChatGLMPreTrainedModel, BlankFillingMixin, ChatGLMGenerationMixin
+    PictureGenerationMixin, PrefixGenerationMixin, ChatGLMPreTrainedModel, BlankFillingMixin, ChatGLMGenerationMixin
 ):
     _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
 
@@ -414,12 +430,21 @@ class ChatGLMForConditionalGeneration(
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_last_logit: bool = False,
+        pixel_values: torch.Tensor | None = None,
+        images: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
+        images (`torch.Tensor`, *optional*):
+            The published name of `pixel_values`: GLM-4V's pictures, one for each row whose ids have room for one.
+        image_features (`torch.Tensor`, *optional*):
+            What `get_image_features` made of them, in their place.
         return_last_logit (`bool`, *optional*, defaults to `False`):
             The published name of `logits_to_keep=1`.
         """
+        pictures = {"pixel_values": pixel_values, "images": images, "image_features": image_features}
+        pictures = {name: value for name, value in pictures.items() if value is not None}
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -427,6 +452,7 @@ class ChatGLMForConditionalGeneration(
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **pictures,
             **kwargs,
         )
         logits_to_keep = 1 if return_last_logit else logits_to_keep
@@ -437,6 +463,8 @@ class ChatGLMForConditionalGeneration(
             # CODEPATH: glm and glm-130b, whose labels stand where they are predicted; the others' are shifted.
             aligned: dict[str, Any] = {"shift_labels": labels} if self.config.aligned_labels else {}
             options = {**aligned, **kwargs}
+            if pictures and labels.shape[1] != logits.shape[1]:
+                labels = expand_labels(self.config, input_ids, labels)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -593,6 +621,8 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         # CODEPATH: chatglm-6b and glm-130b, whose masks are of their own kind.
         if self.config.mask_marks_hidden:
             attention_mask = reduce_published_mask(attention_mask)
+        if input_ids is not None and hidden_states.shape[1] != input_ids.shape[1]:
+            attention_mask = expand_mask(lay_out_pictures(self.config, input_ids), input_ids, attention_mask)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(
                 f"The last token of each row is read off an attention mask [batch, seq], got {attention_mask.shape}."

@@ -417,4 +417,4 @@ class ChatGLMEncoder(nn.Module):
         return self.final_layernorm(hidden_states)
 
 
-__all__ = ["ChatGLMAttention", "ChatGLMBlock", "ChatGLMEncoder", "ChatGLMRotaryEmbedding"]
+__all__ = ["ChatGLMAttention", "ChatGLMBlock", "ChatGLMEncoder", "ChatGLMRotaryEmbedding", "eager_attention_forward"]

@@ -37,7 +37,8 @@ MAX_FUNCTION_LINES = 55
 # Each file that a checkpoint folder gets, and which of the others it may import.
 ARROWS: dict[str, set[str]] = {
     "blank_infilling": set(),
-    "configuration_chatglm": set(),
+    "configuration_chatglm": {"configuration_vision"},
+    "configuration_vision": set(),
     "conversation_chatglm": {"conversation_calls", "conversation_templates"},
     "conversation_calls": {"conversation_templates"},
     "conversation_rendering": {"conversation_chatglm", "conversation_templates"},
@@ -56,13 +57,16 @@ ARROWS: dict[str, set[str]] = {
         "linear_cpu",
         "modeling_cache",
         "modeling_layers",
+        "modeling_pictures",
         "modeling_positions",
         "modeling_prefix",
         "quantization",
+        "vision_chatglm",
     },
     "modeling_cache": set(),
     "modeling_glm": {"configuration_chatglm", "modeling_chatglm"},
     "modeling_layers": {"configuration_chatglm", "linear_cpu"},
+    "modeling_pictures": {"configuration_vision", "generation_published"},
     "modeling_positions": set(),
     "modeling_prefix": set(),
     "quantization": {"linear_cpu", "quantization_kernels", "quantization_layers"},
@@ -96,6 +100,7 @@ ARROWS: dict[str, set[str]] = {
     "tokenization_published": {"tokenization_conversation", "tokenization_plain"},
     "tokenization_streaming": set(),
     "tokenization_vocabulary": set(),
+    "vision_chatglm": {"configuration_chatglm", "configuration_vision", "linear_cpu", "modeling_layers"},
 }
 
 

@@ -612,7 +612,6 @@ REFUSALS = [
     ),
     refused("model type 'glm4'.*load it as it is", config(model_type="glm4")),
     refused("model type 'glm'.*load it as it is", config(model_type="glm", rms_norm_eps=1e-5)),
-    refused("'vision_config', as glm-4v-9b does: models that see images", config(vision_config={}), case="glm4"),
     refused("'eva_config', as visualglm-6b does", config(eva_config={}, image_length=32), case="chatglm1"),
     refused("not the vocabulary of GLM-4", config(eos_token_id=[5, 6], pad_token_id=5)),
     refused("not the SentencePiece model of ChatGLM2", lambda folder: None, "--model-version chatglm3", "glm4"),
