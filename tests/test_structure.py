@@ -47,6 +47,7 @@ ARROWS: dict[str, set[str]] = {
     "generation_cache": set(),
     "generation_chatglm": {"conversation_chatglm", "generation_cache", "generation_published"},
     "generation_published": set(),
+    "image_processing_chatglm": set(),
     "kernels_llvm": set(),
     "kernels_matmul": {"kernels_llvm"},
     "linear_cpu": {"kernels_llvm", "kernels_matmul"},
