@@ -118,12 +118,14 @@ class ConversationFormat:
         chat_defaults: the published defaults of `chat`, as arguments of `generate`. `max_length` counts the prompt.
         chat_arguments: what the published `chat` takes by position after `tokenizer` and `query`.
         stream_chat_arguments: what the published `stream_chat` takes there.
+        picture_tokens: the special tokens that stand for a picture; none where messages are text alone.
         uses_pairs: whether a history is natively a list of `(question, answer)` pairs instead of dicts.
     """
 
     name: str
     opening_tokens: tuple[str, ...] = ()
     marked_tokens: tuple[str, ...] = field(default=(), repr=False)
+    picture_tokens: tuple[str, ...] = ()
     stop_tokens: tuple[str, ...]
     closing_token: str
     chat_template: str = field(repr=False)
@@ -145,7 +147,8 @@ class ConversationFormat:
             history: `None`, or a sequence of `(question, answer)` pairs and message dicts. A dict has `role` and
                 `content`, and may have `metadata` (assistant) and `tools` (system: a list of descriptions, or a dict
                 of them by name). OpenAI's form is understood: the role `tool`, `tool_calls`, a `content` that is
-                `None` or a list of text parts, tools wrapped in `function`.
+                `None` or a list of parts, tools wrapped in `function`. GLM-4V: one message may have an `image`, or a
+                part of the type `image` or `image_url`, which becomes it; nothing opens it here.
 
         Returns:
             New dicts, with roles out of `ROLES`; nothing of the caller's is changed or shared.
@@ -169,6 +172,9 @@ class ConversationFormat:
                     f"messages[{index}] must be a dict with `role` and `content`, or a (question, answer) pair of "
                     f"strings, got {reprlib.repr(item)}."
                 )
+        num_pictures = sum("image" in message for message in messages)
+        if num_pictures > 1:
+            raise ValueError(f"A conversation may hold one picture, as the model was trained; got {num_pictures}.")
         return messages
 
     def add_tools(self, messages: Sequence[Message], tools: Any) -> list[Message]:
@@ -283,7 +289,10 @@ class ConversationFormat:
         calls = message.get("tool_calls")
         if calls is not None and not isinstance(calls, (list, tuple)):
             raise TypeError(f"`tool_calls` of {place} must be a list, got {reprlib.repr(calls)}.")
-        if "content" not in message and not calls:
+        message, picture = _take_picture(message, place)
+        if picture is not None and not self.picture_tokens:
+            raise ValueError(f"{place} has a picture, and this generation reads text alone.")
+        if "content" not in message and not calls and picture is None:
             raise ValueError(f"{place} has no `content`: {reprlib.repr(dict(message))}.")
         check_size(message, place)
         normalized = {
@@ -296,11 +305,13 @@ class ConversationFormat:
             raise TypeError(f"The metadata of {place} must be a string, got {reprlib.repr(normalized['metadata'])}.")
         if role == "system" and "tools" in normalized:
             normalized["tools"] = normalize_tools(normalized["tools"], f"`tools` of {place}")
+        if picture is not None:
+            normalized["image"] = picture
         if not calls:
             return [normalized]
         if role != "assistant":
             raise ValueError(f"{place} has `tool_calls` and the role {role!r}; only the assistant calls tools.")
-        written = [normalized] if normalized["content"] else []
+        written = [normalized] if normalized["content"] or picture is not None else []
         for call in calls:
             function = call.get("function", call) if isinstance(call, Mapping) else {}
             if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -443,6 +454,8 @@ class RoleFormat(ConversationFormat):
             # The model itself writes the role token that ends its answer, so that token belongs to the answer.
             segments.append(Segment(f"<|{message['role']}|>", True, was_answer))
             segments.append(Segment(f"{message.get('metadata', '')}\n", False, is_answer))
+            if "image" in message:
+                segments += [Segment(token, True) for token in self.picture_tokens]
             segments.append(Segment(content, False, is_answer))
             was_answer = is_answer
         if add_generation_prompt:
@@ -524,6 +537,27 @@ def _content_text(content: Any, place: str) -> str:
             )
         texts.append(part["text"])
     return "".join(texts)
+
+
+def _take_picture(message: Mapping[str, Any], place: str) -> tuple[Mapping[str, Any], Any]:
+    """A message without its picture, and the picture: that of `image`, or of a part in a form of the library or OpenAI."""
+    content = message.get("content")
+    parts = content if isinstance(content, (list, tuple)) else ()
+    found = [part for part in parts if isinstance(part, Mapping) and part.get("type") in ("image", "image_url")]
+    pictures = [message["image"]] if message.get("image") is not None else []
+    for part in found:
+        values = [part[key] for key in ("image", "url", "path", "base64", "image_url") if part.get(key) is not None]
+        if len(values) != 1:
+            raise ValueError(f"A picture of {place} needs one of `image`, `url`, `path`, `base64` and `image_url`.")
+        pictures.append(values[0]["url"] if isinstance(values[0], Mapping) and "url" in values[0] else values[0])
+    if len(pictures) > 1:
+        raise ValueError(
+            f"A conversation may hold one picture, as the model was trained; {place} has {len(pictures)}."
+        )
+    without = {key: value for key, value in message.items() if key != "image"}
+    if found:
+        without["content"] = [part for part in parts if not any(part is picture for picture in found)]
+    return without, pictures[0] if pictures else None
 
 
 def _is_known_template(template: Any) -> bool:
@@ -633,6 +667,8 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             stop_tokens=("<|endoftext|>", "<|user|>", "<|observation|>"),
             closing_token="<|user|>",
             marked_tokens=GLM4_TOKENS,
+            # CODEPATH: glm-4v-9b; glm-4-9b has the tokens, and its network refuses the picture.
+            picture_tokens=("<|begin_of_image|>", "<|endoftext|>", "<|end_of_image|>"),
             chat_template=GLM4_TEMPLATE,
             response_template=GLM4_RESPONSE_TEMPLATE,
             chat_defaults={"max_length": 8192, "top_p": 0.8, "temperature": 0.8},

@@ -592,6 +592,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         if not isinstance(query, str):
             raise TypeError(f"`query` must be a string, got {type(query).__name__}: {query!r}.")
         messages = self.chat_format.normalize_messages(history)
+        if any("image" in message for message in messages):
+            raise ValueError("`chat` takes no pictures: give what `apply_chat_template` returns to `generate`.")
         return messages + self.chat_format.normalize_messages([{"role": role, "content": query}])
 
     def _prepare_turn(

@@ -29,7 +29,7 @@ What is unusual here:
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -526,14 +526,30 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
         chat_format: ConversationFormat | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Write or encode conversations; `add_special_tokens=False` leaves `[gMASK] <sop>` out, as published."""
+        """Write or encode conversations; `add_special_tokens=False` leaves `[gMASK] <sop>` out, as published.
+
+        Where a message has a picture (`{"role": "user", "image": ..., "content": ...}`, or a part of its content), what
+        is returned has `images`, float32 `[pictures, 3, image_size, image_size]`, for `model.generate`.
+        """
         chat_format = self._known_format(chat_format)
+        pictures = _pictures(conversation, chat_format)
+        if pictures and not tokenize:
+            raise ValueError(
+                "A conversation with a picture has ids, and no text that gives them: use `tokenize=True`."
+            )
         opening = "" if add_special_tokens else "".join(chat_format.opening_tokens)
         if not add_special_tokens:
             chat_format = replace(chat_format, opening_tokens=())
         written = super().apply_chat_template(
             conversation, tools, documents, chat_template, tokenize=tokenize, chat_format=chat_format, **kwargs
         )
+        if pictures and isinstance(written, MutableMapping):
+            # Here, because those who read text alone may not have Pillow.
+            from .image_processing_chatglm import ChatGLMImageProcessor
+
+            size = self.init_kwargs.get("image_size", ChatGLMImageProcessor.size["height"])
+            processor = ChatGLMImageProcessor(size={"height": size, "width": size})
+            written["images"] = processor(processor.fetch_images(pictures), return_tensors="pt")["pixel_values"]
         if isinstance(written, str):
             return written.removeprefix(opening)
         return written if tokenize else [text.removeprefix(opening) for text in written]
@@ -562,6 +578,20 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
             else:
                 chunks.append(text.encode())
         return b"".join(chunks).decode(errors="replace")
+
+
+def _pictures(conversation: Any, chat_format: ConversationFormat) -> list[Any]:
+    """The pictures in the messages of one conversation or of a batch of them, in their order."""
+    conversation = getattr(conversation, "messages", conversation)
+    if not isinstance(conversation, (list, tuple)):
+        return []
+    found: list[Any] = []
+    for item in conversation:
+        if not isinstance(item, Mapping):
+            found += _pictures(item, chat_format) if not isinstance(item, str) else []
+        elif item.get("image") is not None or isinstance(item.get("content"), (list, tuple)):
+            found += [message["image"] for message in chat_format.normalize_messages([item]) if "image" in message]
+    return found
 
 
 def _check_texts(given: Any, depth: int = 0) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, BatchEncoding, PreTrainedModel
 
 
@@ -278,3 +279,70 @@ def test_sizes_that_no_eyes_have(chatglm: Any, changes: dict[str, Any], message:
     settings = {"boi_token_id": 5, "eoi_token_id": 6, "vision_config": {}, **changes}
     with pytest.raises(ValueError, match=message):
         chatglm.ChatGLMConfig(**settings)
+
+
+def with_pictures(recorded: Any, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    files = recorded.expected["preprocess"]
+    return [
+        {**message, "image": Image.open(recorded.files / files[message["image"]]["file"])}
+        if "image" in message
+        else message
+        for message in messages
+    ]
+
+
+def test_conversations_have_the_recorded_ids(case_tokenizer: Named, recorded: Any) -> None:
+    tokenizer = case_tokenizer("glm4v")
+    for conversation in recorded.expected["conversations"]:
+        # As GLM-4's: a message without text is written, and so are tools.
+        if conversation["name"] in ("empty_message_is_skipped", "tools", "tools_and_system_text", "two_images"):
+            continue
+        messages = with_pictures(recorded, conversation["messages"])
+        encoded = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", **conversation["arguments"]
+        )
+        assert encoded["input_ids"].tolist() == [conversation["input_ids"]], conversation["name"]
+        assert encoded["position_ids"].tolist() == [conversation["position_ids"]]
+        assert ("images" in encoded) == conversation["has_images"]
+        if conversation["has_images"]:
+            assert encoded["images"].equal(torch.stack(pixels(recorded, conversation["messages"])))
+
+
+def test_the_published_call(model: PreTrainedModel, case_tokenizer: Named, recorded: Any) -> None:
+    expected, options = recorded.expected["single"], {"add_generation_prompt": True, "return_tensors": "pt"}
+    inputs = case_tokenizer("glm4v").apply_chat_template(
+        with_pictures(recorded, expected["messages"]), tokenize=True, return_dict=True, **options
+    )
+    assert greedy(model, inputs) == [expected["greedy_new_ids"]]
+    batch = recorded.expected["batch"]
+    inputs = case_tokenizer("glm4v").apply_chat_template(
+        [with_pictures(recorded, messages) for messages in batch["messages"]],
+        padding=True,
+        return_dict=True,
+        **options,
+    )
+    assert greedy(model, inputs) == batch["greedy_new_ids"]
+
+
+def test_parts_of_a_message(case_tokenizer: Named, recorded: Any) -> None:
+    tokenizer = case_tokenizer("glm4v")
+    file = str(recorded.files / recorded.expected["preprocess"]["wide"]["file"])
+    text = {"type": "text", "text": "Hi"}
+    parts = [{"type": "image", "path": file}, {"type": "image_url", "image_url": {"url": file}}]
+    expected = tokenizer.apply_chat_template([{"role": "user", "image": Image.open(file), "content": "Hi"}])
+    for part in parts:
+        encoded = tokenizer.apply_chat_template([{"role": "user", "content": [text, part]}])
+        assert encoded["input_ids"] == expected["input_ids"]
+        assert encoded["images"].equal(expected["images"])
+
+
+def test_pictures_that_have_no_place(model: PreTrainedModel, case_tokenizer: Named) -> None:
+    message = {"role": "user", "image": Image.new("RGB", (4, 4)), "content": "Hi"}
+    with pytest.raises(ValueError, match="may hold one picture, as the model was trained; got 2"):
+        case_tokenizer("glm4v").apply_chat_template([message, message])
+    with pytest.raises(ValueError, match="use `tokenize=True`"):
+        case_tokenizer("glm4v").apply_chat_template([message], tokenize=False)
+    with pytest.raises(ValueError, match="`chat` takes no pictures"):
+        model.chat(case_tokenizer("glm4v"), "Hi", history=[message])
+    with pytest.raises(ValueError, match="reads text alone"):
+        case_tokenizer("chatglm3").apply_chat_template([message])

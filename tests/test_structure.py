@@ -78,6 +78,7 @@ ARROWS: dict[str, set[str]] = {
     "tokenization_chatglm": {
         "configuration_chatglm",
         "conversation_chatglm",
+        "image_processing_chatglm",
         "tokenization_chatglm_6b",
         "tokenization_conversation",
         "tokenization_plain",
