@@ -585,13 +585,16 @@ def _pictures(conversation: Any, chat_format: ConversationFormat) -> list[Any]:
     conversation = getattr(conversation, "messages", conversation)
     if not isinstance(conversation, (list, tuple)):
         return []
-    found: list[Any] = []
-    for item in conversation:
-        if not isinstance(item, Mapping):
-            found += _pictures(item, chat_format) if not isinstance(item, str) else []
-        elif item.get("image") is not None or isinstance(item.get("content"), (list, tuple)):
-            found += [message["image"] for message in chat_format.normalize_messages([item]) if "image" in message]
-    return found
+    is_batched = len(conversation) > 0 and not isinstance(conversation[0], Mapping)
+    chats = [getattr(chat, "messages", chat) for chat in conversation] if is_batched else [conversation]
+    messages = [message for chat in chats if isinstance(chat, (list, tuple)) for message in chat]
+    pictures: list[Any] = []
+    for message in messages:
+        if isinstance(message, Mapping) and (
+            message.get("image") is not None or isinstance(message.get("content"), list)
+        ):
+            pictures += [known["image"] for known in chat_format.normalize_messages([message]) if "image" in known]
+    return pictures
 
 
 def _check_texts(given: Any, depth: int = 0) -> None:
