@@ -46,7 +46,14 @@ from .configuration_chatglm import infer_model_version
 from .conversation_chatglm import ConversationFormat, check_text
 from .tokenization_chatglm_6b import ChatGLM6BTokenizer
 from .tokenization_conversation import is_possible_id, take_extra_tokens
-from .tokenization_plain import KnownTokens, PlainTexts, RustEncoder, SentencePieceEncoder, TextsEncoder, WordEncoder
+from .tokenization_plain import (
+    KnownTokens,
+    PlainTextsInRust,
+    RustEncoder,
+    SentencePieceEncoder,
+    TextsEncoder,
+    WordEncoder,
+)
 from .tokenization_published import PublishedCalls, RanksView, SentencePieceView, ready_ids
 from .tokenization_vocabulary import (
     BYTE_OF_CHARACTER,
@@ -81,7 +88,7 @@ def position_ids_from_mask(attention_mask: Sequence[int]) -> list[int]:
     return [mask * (count - 1) for mask, count in zip(attention_mask, accumulate(attention_mask))]
 
 
-class ChatGLMTokenizersBackend(PublishedCalls, PlainTexts, TokenizersBackend):
+class ChatGLMTokenizersBackend(PublishedCalls, PlainTextsInRust, TokenizersBackend):
     """What the tokenizers on the Rust backend share. A class adds how its `tokenizer.model` is read and decoded."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}

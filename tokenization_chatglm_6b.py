@@ -34,11 +34,11 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken
 from transformers.tokenization_python import PythonBackend
-from transformers.tokenization_utils_base import BatchEncoding, PaddingStrategy, TruncationStrategy
+from transformers.tokenization_utils_base import BatchEncoding, PaddingStrategy
 
 from .conversation_chatglm import ConversationFormat, check_text
 from .tokenization_conversation import ConversationTokenizer, take_extra_tokens
-from .tokenization_plain import FURTHER_ARGUMENTS, are_texts
+from .tokenization_plain import PADDING_ARGUMENTS, PlainTexts
 from .tokenization_vocabulary import Vocabulary
 
 
@@ -50,7 +50,7 @@ BLANK_PIECE = re.compile(r"<\|blank_([2-9]|[1-7][0-9]|80)\|>")
 IMAGE_TOKEN = re.compile(r"<image_([0-9]+)>")
 
 
-class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
+class ChatGLM6BTokenizer(ConversationTokenizer, PlainTexts, PythonBackend):
     """
     Tokenizer of ChatGLM-6B, with the ids of the published one. `ChatGLMTokenizer.from_pretrained` gives it too.
 
@@ -195,51 +195,26 @@ class ChatGLM6BTokenizer(ConversationTokenizer, PythonBackend):
         file.write_text(settings.replace(type(self).__name__, "ChatGLMTokenizer"), encoding="utf-8")
         return ()
 
-    def _encode_plus(
-        self,
-        text: Any,
-        text_pair: Any = None,
-        add_special_tokens: bool = True,
-        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
-        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
-        return_tensors: str | None = None,
-        return_attention_mask: bool | None = None,
-        **kwargs: Any,
-    ) -> BatchEncoding:
-        # A private hook (Transformers 5.17 to 5.23), because the public call is too late to leave out a default mask.
+    def _default_mask(self, padding_strategy: PaddingStrategy, return_tensors: str | None) -> bool:
         # The mask grows with the square of a text's length, so lists without padding come without it, as published.
-        is_padded = padding_strategy != PaddingStrategy.DO_NOT_PAD
-        if return_attention_mask is None:
-            return_attention_mask = return_tensors is not None or is_padded
-        texts = [text] if isinstance(text, str) else text
-        is_whole = text_pair is None and truncation_strategy == TruncationStrategy.DO_NOT_TRUNCATE
-        if not is_whole or any(kwargs.get(name) for name in FURTHER_ARGUMENTS) or not are_texts(texts):
-            return super()._encode_plus(
-                text,
-                text_pair,
-                add_special_tokens=add_special_tokens,
-                padding_strategy=padding_strategy,
-                truncation_strategy=truncation_strategy,
-                return_tensors=return_tensors,
-                return_attention_mask=return_attention_mask,
-                **kwargs,
-            )
-        closing = self.build_inputs_with_special_tokens([]) if add_special_tokens else []
-        rows = [ids + closing for ids in self._ids_of_texts(texts, kwargs.get("split_special_tokens"))]
-        for row in rows:
-            self._eventual_warn_about_too_long_sequence(row, kwargs.get("max_length"), kwargs.get("verbose", True))
-        columns: dict[str, Any] = {"input_ids": rows}
-        if is_padded or return_attention_mask:
-            options = {name: kwargs.get(name) for name in ("max_length", "pad_to_multiple_of", "padding_side")}
-            columns = dict(
-                self.pad(columns, padding=padding_strategy, return_attention_mask=return_attention_mask, **options)
-            )
-        if isinstance(text, str) and return_tensors is None:
-            return BatchEncoding({name: values[0] for name, values in columns.items()})
-        return BatchEncoding(columns, tensor_type=return_tensors)
+        return return_tensors is not None or padding_strategy != PaddingStrategy.DO_NOT_PAD
 
-    def _ids_of_texts(self, texts: Sequence[str], is_split: bool | None) -> list[list[int]]:
-        is_split = self.split_special_tokens if is_split is None else is_split
+    def _columns(
+        self,
+        rows: list[list[int]],
+        padding_strategy: PaddingStrategy,
+        return_attention_mask: bool | None,
+        kwargs: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        columns: dict[str, Any] = {"input_ids": rows}
+        if not return_attention_mask and padding_strategy == PaddingStrategy.DO_NOT_PAD:
+            return columns
+        options = {name: kwargs.get(name) for name in PADDING_ARGUMENTS}
+        return dict(
+            self.pad(columns, padding=padding_strategy, return_attention_mask=return_attention_mask, **options)
+        )
+
+    def _ids_of_texts(self, texts: Sequence[str], is_split: bool) -> list[list[int]]:
         tokens = self._added_tokens_encoder
         has_own_ids = max(tokens.values()) >= self.vocab_size
         # Few texts have a token in them; the library looks for one at every character.

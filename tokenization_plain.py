@@ -71,6 +71,12 @@ FURTHER_ARGUMENTS = (
     "sanitize_control_tokens",
 )
 
+# Those of padding, besides how.
+PADDING_ARGUMENTS = ("max_length", "pad_to_multiple_of", "padding_side")
+
+# Stands where the ids of a text will.
+NO_ID = -1
+
 TextsEncoder = Callable[[Sequence[str]], list[list[int]]]
 
 
@@ -189,11 +195,7 @@ KnownTokens = dict[int, tuple[Tokenizer, int, dict[str, TokenInText]]]
 
 
 class PlainTexts(PreTrainedTokenizerBase):
-    """Calls of a tokenizer on the Rust backend that ask for no more than the ids of whole texts."""
-
-    _tokenizer: Tokenizer
-    _texts_encoder: TextsEncoder | None
-    _known_tokens: KnownTokens
+    """Calls of a tokenizer that ask for no more than the ids of whole texts, and leave the others to the library."""
 
     def _encode_plus(
         self,
@@ -206,8 +208,11 @@ class PlainTexts(PreTrainedTokenizerBase):
         return_attention_mask: bool | None = None,
         **kwargs: Any,
     ) -> BatchEncoding:
-        # A private hook (Transformers 5.17 to 5.23): what comes before it reads the arguments, what comes behind it asks
-        # Rust for more than the ids.
+        # A private hook (Transformers 5.17 to 5.23): what comes before it reads the arguments, what comes behind it makes
+        # more than the ids.
+        if return_attention_mask is None:
+            return_attention_mask = self._default_mask(padding_strategy, return_tensors)
+
         def by_the_library() -> BatchEncoding:
             return super(PlainTexts, self)._encode_plus(
                 text,
@@ -225,26 +230,74 @@ class PlainTexts(PreTrainedTokenizerBase):
         if not is_whole or any(kwargs.get(name) for name in FURTHER_ARGUMENTS) or not are_texts(texts):
             return by_the_library()
         is_split = kwargs.get("split_special_tokens")
-        is_split = self.split_special_tokens if is_split is None else is_split
-        rows = self._plain_ids(texts, self._tokenizer, is_split)
+        rows = self._ids_of_texts(texts, self.split_special_tokens if is_split is None else is_split)
         if rows is None:
             return by_the_library()
         if add_special_tokens:
-            opening = self.build_inputs_with_special_tokens([])
-            rows = [opening + ids for ids in rows]
+            # What stands around a text, once for all of them.
+            framed = self.build_inputs_with_special_tokens([NO_ID])
+            place = framed.index(NO_ID)
+            rows = [framed[:place] + ids + framed[place + 1 :] for ids in rows]
         for row in rows:
             self._eventual_warn_about_too_long_sequence(row, kwargs.get("max_length"), kwargs.get("verbose", True))
         columns = self._columns(rows, padding_strategy, return_attention_mask, kwargs)
+        is_row = isinstance(text, str) and return_tensors is None
+        data = {name: values[0] for name, values in columns.items()} if is_row else columns
+        return self._make_encoding(data, columns["input_ids"], by_the_library, return_tensors)
 
+    def _default_mask(self, padding_strategy: PaddingStrategy, return_tensors: str | None) -> bool | None:
+        """Whether there is an attention mask where the caller does not say; None as the library has it."""
+        return None
+
+    def _ids_of_texts(self, texts: Sequence[str], is_split: bool) -> list[list[int]] | None:
+        """The ids of texts, in which special tokens are not searched for if `is_split`; None to leave them to the library."""
+        raise NotImplementedError
+
+    def _columns(
+        self,
+        rows: list[list[int]],
+        padding_strategy: PaddingStrategy,
+        return_attention_mask: bool | None,
+        kwargs: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """The columns of an encoding, padded."""
+        raise NotImplementedError
+
+    def _make_encoding(
+        self,
+        data: dict[str, Any],
+        rows: list[list[int]],
+        by_the_library: Callable[[], BatchEncoding],
+        return_tensors: str | None,
+    ) -> BatchEncoding:
+        """What a call returns: the columns, or those of one text, whose ids are `rows`."""
+        return BatchEncoding(data, tensor_type=return_tensors)
+
+
+class PlainTextsInRust(PlainTexts):
+    """The same of a tokenizer on the Rust backend, whose own encodings are made when they are asked for."""
+
+    _tokenizer: Tokenizer
+    _texts_encoder: TextsEncoder | None
+    _known_tokens: KnownTokens
+
+    def _ids_of_texts(self, texts: Sequence[str], is_split: bool) -> list[list[int]] | None:
+        return self._plain_ids(texts, self._tokenizer, is_split)
+
+    def _make_encoding(
+        self,
+        data: dict[str, Any],
+        rows: list[list[int]],
+        by_the_library: Callable[[], BatchEncoding],
+        return_tensors: str | None,
+    ) -> BatchEncoding:
         def make_encodings() -> list[Encoding]:
             encodings = by_the_library().encodings or []
-            if [encoding.ids for encoding in encodings] != columns["input_ids"]:
+            if [encoding.ids for encoding in encodings] != rows:
                 raise ValueError("The tokenizer was changed after it encoded this text; encode the text again.")
             return encodings
 
-        if isinstance(text, str) and return_tensors is None:
-            return PlainEncoding({name: values[0] for name, values in columns.items()}, make_encodings)
-        return PlainEncoding(columns, make_encodings, return_tensors)
+        return PlainEncoding(data, make_encodings, return_tensors)
 
     def _columns(
         self,
@@ -257,7 +310,7 @@ class PlainTexts(PreTrainedTokenizerBase):
         if return_attention_mask or (return_attention_mask is None and "attention_mask" in self.model_input_names):
             columns["attention_mask"] = [[1] * len(row) for row in rows]
         if padding_strategy != PaddingStrategy.DO_NOT_PAD:
-            options = {name: kwargs.get(name) for name in ("max_length", "pad_to_multiple_of", "padding_side")}
+            options = {name: kwargs.get(name) for name in PADDING_ARGUMENTS}
             has_mask = "attention_mask" in columns
             return dict(self.pad(columns, padding=padding_strategy, return_attention_mask=has_mask, **options))
         if "position_ids" in self.model_input_names:
@@ -315,13 +368,13 @@ def are_texts(texts: Any) -> bool:
 
 
 __all__ = [
-    "FURTHER_ARGUMENTS",
-    "PlainEncoding",
+    "PADDING_ARGUMENTS",
     "KnownTokens",
+    "PlainEncoding",
     "PlainTexts",
+    "PlainTextsInRust",
     "RustEncoder",
     "SentencePieceEncoder",
     "TextsEncoder",
     "WordEncoder",
-    "are_texts",
 ]
