@@ -31,7 +31,9 @@ from pathlib import Path
 from agent_models import INTERPRETER, INTERPRETER_PROMPT, PYTHON, ApiModel, Asked, LocalModel
 from agent_sandbox import CodeInterpreter, SandboxError
 from agent_tools import Call, Tool, Toolbox, load_tools
-from chat import BUNDLED, DTYPES, generation_arguments, load, pick_device
+from arguments import add_terminal_arguments
+from chat import generation_arguments, load
+from local_code import pick_device
 from terminal import LineReader, default_history_file, harmless, note, use_utf8, visible
 from transformers.utils import logging
 
@@ -162,7 +164,7 @@ def build_remote(arguments: argparse.Namespace, tools: list[Tool], interpreter: 
 
 def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", type=Path, default=BUNDLED, help="a checkpoint folder")
+    add_terminal_arguments(parser, default_history_file())
     parser.add_argument("--api", metavar="URL", help="ask a model there instead, such as http://127.0.0.1:8000/v1")
     parser.add_argument("--api-model", metavar="NAME", help="its name there; the first one by default")
     parser.add_argument(
@@ -174,15 +176,6 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--allow-code", action="store_true", help="let it run Python code in a sandbox, if you agree")
     parser.add_argument("--max-rounds", type=int, default=5, help="rounds of calls before it has to answer")
     parser.add_argument("--system", default="", metavar="TEXT", help="what is said before the conversation")
-    parser.add_argument("--once", metavar="TEXT", help="print the answer to TEXT and end")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES)
-    parser.add_argument("--max-length", type=int, help="tokens of a conversation at most, the question included")
-    parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument(
-        "--history-file", type=Path, default=default_history_file(), help="where the lines you type are kept"
-    )
     return parser.parse_args(words)
 
 

@@ -28,16 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import add_terminal_arguments
 from chat_commands import run_command
-from local_code import load_tokenizer, read_json_object, register
+from local_code import load_tokenizer, pick_device, pick_dtype, read_json_object, register
 from terminal import LineReader, default_history_file, harmless, note, use_utf8
-from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.utils import logging
 
 
-BUNDLED = Path(__file__).resolve().parent / "tiny-chatglm3"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "ice_text.model")
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 class TokenClock(StoppingCriteria):
@@ -173,18 +172,6 @@ class Conversation:
                 self.history, self.is_call = kept
 
 
-def pick_device(name: str) -> str:
-    """Replace `auto` by the best device there is, and refuse one that is not there."""
-    if name == "auto":
-        has_mps = torch.backends.mps.is_available()
-        return "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"the device {name!r} cannot be used: {error}") from error
-    return name
-
-
 def load(folder: Path, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint folder with this repository's code; nothing in the folder is changed or run.
 
@@ -201,26 +188,14 @@ def load(folder: Path, device: str, dtype: str) -> tuple[PreTrainedModel, PreTra
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{folder} has no tokenizer file ({' or '.join(TOKENIZER_FILES)})")
     register()
-    if dtype == "auto":
-        dtype = AutoConfig.from_pretrained(folder).dtype or "float32"
-        # Processors compute slowly in float16, or not at all.
-        dtype = "bfloat16" if device == "cpu" and dtype == torch.float16 else dtype
     tokenizer = load_tokenizer(folder)
-    return AutoModel.from_pretrained(folder, dtype=dtype, device_map=device).eval(), tokenizer
+    model = AutoModel.from_pretrained(folder, dtype=pick_dtype(dtype, folder, device), device_map=device)
+    return model.eval(), tokenizer
 
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", type=Path, default=BUNDLED, help="a checkpoint folder")
-    parser.add_argument("--once", metavar="TEXT", help="print the answer to TEXT and end")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES)
-    parser.add_argument("--max-length", type=int, help="tokens of a conversation at most, the question included")
-    parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument(
-        "--history-file", type=Path, default=default_history_file(), help="where the lines you type are kept"
-    )
+    add_terminal_arguments(parser, default_history_file())
     return parser.parse_args()
 
 

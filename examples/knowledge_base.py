@@ -32,8 +32,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chat import BUNDLED, load, pick_device
-from local_code import read_json_object
+from arguments import BUNDLED, add_device_argument
+from chat import load
+from local_code import pick_device, read_json_object
 from terminal import harmless
 from transformers.utils import logging
 
@@ -275,7 +276,7 @@ def read_arguments() -> argparse.Namespace:
     where.add_argument("--model", type=Path, default=BUNDLED, help="a checkpoint folder")
     where.add_argument("--api", metavar="URL", help="a server with OpenAI's API; its key is $OPENAI_API_KEY")
     parser.add_argument("--name", help="the server's name of the model (default: its first one)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    add_device_argument(parser)
     parser.add_argument("--index", type=Path, help="a folder to keep the vectors in")
     parser.add_argument("--passage-length", type=int, default=300, help="characters (default: %(default)s)")
     parser.add_argument("--passages", type=int, default=3, help="that the model gets to read (default: %(default)s)")

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 
@@ -60,6 +61,31 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # `AutoTokenizer` can hold one class for a configuration, and GLM-4 and GLM have their own.
     default = getattr(load_module("tokenization_glm"), str(name), tokenization.ChatGLMTokenizer)
     return getattr(tokenization, str(name), default).from_pretrained(folder)
+
+
+def pick_device(name: str) -> str:
+    """Replace `auto` by the best device there is.
+
+    Raises:
+        ValueError: for a device that is not there.
+    """
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available()
+        return "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"the device {name!r} cannot be used: {error}") from error
+    return name
+
+
+def pick_dtype(name: str, folder: Path, device: str) -> str | torch.dtype:
+    """Replace `auto` by the dtype of a checkpoint folder, or by a faster one on this device."""
+    if name != "auto":
+        return name
+    dtype = AutoConfig.from_pretrained(folder).dtype or torch.float32
+    # Processors compute slowly in float16, or not at all.
+    return torch.bfloat16 if device == "cpu" and dtype == torch.float16 else dtype
 
 
 def check_model_type(folder: str | Path) -> None:

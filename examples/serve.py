@@ -26,6 +26,8 @@ import os
 import sys
 from pathlib import Path
 
+from arguments import add_server_arguments
+
 
 EPILOG = "Keys may also stand in $CHATGLM_API_KEYS, one behind the other with commas."
 
@@ -34,15 +36,8 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="a checkpoint folder")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0 for everybody on the network (default: %(default)s)"
-    )
-    parser.add_argument("--port", type=int, default=8000)
+    add_server_arguments(parser, port=8000)
     parser.add_argument("--name", help="what requests call the model (default: the name of the folder)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
-    parser.add_argument("--quantize", type=int, default=0, choices=(0, 4, 8), metavar="BITS", help="4 or 8")
     parser.add_argument(
         "--adapter",
         action="append",

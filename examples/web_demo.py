@@ -21,17 +21,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from arguments import add_server_arguments
+
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a checkpoint folder")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0 for everybody on the network (default: %(default)s)"
-    )
-    parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
-    parser.add_argument("--quantize", type=int, default=0, choices=(0, 4, 8), metavar="BITS", help="4 or 8")
+    add_server_arguments(parser, port=7860)
     parser.add_argument(
         "--tools",
         type=Path,

@@ -25,9 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from local_code import check_model_type, load_tokenizer, register
-from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from local_code import check_model_type, load_tokenizer, pick_device, pick_dtype, register
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .answers import AnswerStream, Settings
 from .engines import Engine, engine_for
@@ -180,14 +179,8 @@ def load_base(settings: LoadSettings) -> PreTrainedModel:
     """Load the model of a checkpoint folder, quantizing it on the way if that was asked for."""
     check_model_type(settings.folder)
     register()
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype: Any = settings.dtype
-    if dtype == "auto":
-        dtype = AutoConfig.from_pretrained(settings.folder).dtype or torch.float32
-        # Processors compute slowly in float16, or not at all.
-        dtype = torch.bfloat16 if device == "cpu" and dtype == torch.float16 else dtype
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, settings.folder, device)
     quantization = {"quantization_config": {"quant_method": "chatglm", "bits": settings.bits}} if settings.bits else {}
     return AutoModel.from_pretrained(settings.folder, dtype=dtype, device_map=device, **quantization)
 
