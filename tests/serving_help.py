@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bundled_tools
 import pytest
 from conftest import REPOSITORY
 
@@ -39,18 +40,7 @@ from serving.models import LoadSettings, Models, ServedModel, load_models  # noq
 
 
 BUNDLED = REPOSITORY / "examples" / "tiny-chatglm3"
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Get the current weather in a city",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "description": "The name of the city"}},
-            "required": ["city"],
-        },
-    },
-}
+WEATHER = {"type": "function", "function": bundled_tools.WEATHER}
 
 
 def free_port() -> int:

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from bundled_tools import DIALOGUES
 from generations import CALLING_GENERATIONS, GENERATION_CASES, RECORDED
 from screen import CTRL_D, Screen
 from test_agent_sandbox import can_lock_in  # noqa: F401
@@ -228,44 +229,7 @@ def test_a_question_that_came_to_nothing_is_taken_back(error: BaseException) -> 
 # The bundled model.
 
 
-@pytest.mark.parametrize(
-    ("question", "steps", "answer"),
-    [
-        (
-            "What is the weather like in Paris?",
-            ["-> get_weather(city='Paris')", '<- {"temperature": 18, "condition": "cloudy"}'],
-            "It is cloudy in Paris, and the temperature is 18 degrees.",
-        ),
-        ("What is 34 times 17?", ["-> multiply(a=34, b=17)", "<- 578"], "34 times 17 is 578."),
-        ("请计算12乘以25。", ["-> multiply(a=12, b=25)", "<- 300"], "12乘以25等于300。"),
-        (
-            "What is the weather like in Paris and in London?",
-            [
-                "-> get_weather(city='Paris')",
-                '<- {"temperature": 18, "condition": "cloudy"}',
-                "-> get_weather(city='London')",
-                '<- {"temperature": 12, "condition": "rainy"}',
-            ],
-            "It is cloudy in Paris and rainy in London.",
-        ),
-        (
-            "北京今天天气怎么样？34乘以17等于多少？",
-            [
-                "-> get_weather(city='北京')",
-                '<- {"temperature": 25, "condition": "晴"}',
-                "-> multiply(a=34, b=17)",
-                "<- 578",
-            ],
-            "北京的天气是晴，34乘以17等于578。",
-        ),
-        (
-            "What is the weather like in Atlantis?",
-            ["-> get_weather(city='Atlantis')", "<- Error: no weather is known for Atlantis"],
-            "Sorry, that did not work: no weather is known for Atlantis.",
-        ),
-        ("What is the capital of France?", [], "The capital of France is Paris."),
-    ],
-)
+@pytest.mark.parametrize(("question", "steps", "answer"), DIALOGUES)
 def test_the_bundled_model_calls_and_answers(loaded: Loaded, question: str, steps: list[str], answer: str) -> None:
     toolbox = Toolbox([demo_tools.get_weather, demo_tools.multiply])
     shown: list[str] = []

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bundled_tools import DIALOGUES
 
 
 pytestmark = [pytest.mark.programs, pytest.mark.usefixtures("leave_the_auto_classes_alone")]
@@ -50,28 +51,7 @@ def url(leave_the_auto_classes_alone: None) -> Iterator[str]:
 # Over the API.
 
 
-@pytest.mark.parametrize(
-    ("question", "steps", "answer"),
-    [
-        ("What is 34 times 17?", ["-> multiply(a=34, b=17)", "<- 578"], "34 times 17 is 578."),
-        (
-            "What is the weather like in Paris and in London?",
-            [
-                "-> get_weather(city='Paris')",
-                '<- {"temperature": 18, "condition": "cloudy"}',
-                "-> get_weather(city='London')",
-                '<- {"temperature": 12, "condition": "rainy"}',
-            ],
-            "It is cloudy in Paris and rainy in London.",
-        ),
-        (
-            "What is the weather like in Atlantis?",
-            ["-> get_weather(city='Atlantis')", "<- Error: no weather is known for Atlantis"],
-            "Sorry, that did not work: no weather is known for Atlantis.",
-        ),
-        ("中国的首都是哪里？", [], "中国的首都是北京。"),
-    ],
-)
+@pytest.mark.parametrize(("question", "steps", "answer"), DIALOGUES)
 def test_the_loop_over_the_api(url: str, question: str, steps: list[str], answer: str) -> None:
     toolbox = Toolbox([demo_tools.get_weather, demo_tools.multiply])
     shown: list[str] = []

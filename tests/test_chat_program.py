@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bundled_tools import WEATHER
 from generations import GENERATION_CASES, RECORDED
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -207,22 +208,9 @@ def test_stats_count_tokens(talk: Callable[..., Any], loaded: tuple[PreTrainedMo
     assert "tokens a second" in notes[1]
 
 
-WEATHER = [
-    {
-        "name": "get_weather",
-        "description": "Get the current weather in a city",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "description": "The name of the city"}},
-            "required": ["city"],
-        },
-    }
-]
-
-
 def test_tools_of_a_file_are_called_and_given_results(talk: Callable[..., Any], tmp_path: Path) -> None:
     file, saved = tmp_path / "tools.json", tmp_path / "saved.json"
-    file.write_text(json.dumps(WEATHER), encoding="utf-8")
+    file.write_text(json.dumps([WEATHER]), encoding="utf-8")
     question, result = "What is the weather like in Paris?", '{"temperature": 18, "condition": "cloudy"}'
     answers, _, conversation = talk(f"/tools {file}", question, f"/save {saved}", result)
     call, answer = '{"name": "get_weather", "parameters": {"city": "Paris"}}', answers[-1]
@@ -310,7 +298,7 @@ def test_conversations_of_every_generation(
     loaded = chat.Conversation(case_model(name), case_tokenizer(name), settings)
     chat_commands.run_command(f"/load {file}", loaded)
     assert (loaded.system, loaded.history) == ("s", conversation.history)
-    file.write_text(json.dumps(WEATHER), encoding="utf-8")
+    file.write_text(json.dumps([WEATHER]), encoding="utf-8")
     if RECORDED[name].has_roles:
         chat_commands.run_command(f"/tools {file}", loaded)
         assert "get_weather" in json.dumps(loaded.beginning())

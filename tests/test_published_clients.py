@@ -30,6 +30,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import check_device_map
+from bundled_tools import CLOUDY, WEATHER
 from conftest import REPOSITORY
 from generations import ALL_CASES, GENERATION_CASES, RECORDED, ROLE_CASES
 from peft import AutoPeftModelForCausalLM, LoraConfig, TaskType, get_peft_model
@@ -52,17 +53,7 @@ ROLE_GENERATIONS = [name for name in GENERATION_CASES if name in ROLE_CASES]
 # ChatGLM-6B's streams have no cache.
 CACHE_GENERATIONS = [name for name in GENERATION_CASES if RECORDED[name].is_causal]
 ENDS = {"chatglm1": "<eop>", "chatglm2": "</s>", "chatglm3": "<|user|>", "glm4": "<|user|>"}
-WEATHER = {
-    "name": "get_weather",
-    "description": "Get the current weather in a city",
-    "parameters": {
-        "type": "object",
-        "properties": {"city": {"type": "string", "description": "The name of the city"}},
-        "required": ["city"],
-    },
-}
 SYSTEM = "Answer the following questions as best as you can. You have access to the following tools:"
-CLOUDY = "It is cloudy in Paris, and the temperature is 18 degrees."
 
 Pair = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Named = Callable[[str], Any]
