@@ -7,6 +7,7 @@
 #   make test ARGS='-k stream_chat'       some of the tests
 #   make test-grid                        every way of fine-tuning, every compiled GPU kernel, the longest runs
 #   make test-programs                    programs of others, such as lm_eval, on all generations
+#   make test-engines                     vLLM, llama.cpp and other engines, on all generations
 #   make test-browser                     the web page in Chromium, which the machine has to bring
 #   make fuzz                             hostile input, EXAMPLES=5000 of each kind
 #   make conformance                      Transformers' own tests of models and tokenizers
@@ -26,11 +27,14 @@ EXAMPLES ?= 5000
 NEWEST := .venv
 FLOOR := .venv-floor
 PROGRAMS := .venv-programs
+ENGINES := .venv-engines
+# It wants an older Transformers than the rest.
+VLLM := .venv-vllm
 CONFORMANCE := .conformance
 # The files mlinter has rules for.
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py tokenization_*.py generation_*.py)
 
-.PHONY: setup chat test test-grid test-floor test-programs test-browser fuzz conformance style fix bench bench-gpu docs-check
+.PHONY: setup chat test test-grid test-floor test-programs test-engines test-browser fuzz conformance style fix bench bench-gpu docs-check
 
 setup: $(NEWEST)/installed
 
@@ -38,7 +42,7 @@ chat: setup
 	@$(NEWEST)/bin/python examples/chat.py $(MODEL) $(ARGS)
 
 test: setup
-	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m 'not grid and not programs and not browser' $(ARGS)
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m 'not grid and not programs and not engines and not browser' $(ARGS)
 
 test-grid: setup
 	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m grid $(ARGS)
@@ -48,6 +52,9 @@ test-floor: $(FLOOR)/installed
 
 test-programs: $(PROGRAMS)/installed
 	$(PROGRAMS)/bin/python -m pytest -n $(WORKERS) -m programs $(ARGS)
+
+test-engines: $(ENGINES)/installed $(VLLM)/installed
+	$(ENGINES)/bin/python -m pytest -m engines $(ARGS)
 
 test-browser: $(PROGRAMS)/installed
 	$(PROGRAMS)/bin/python -m pytest -m browser tests/test_web_demo.py $(ARGS)
@@ -88,12 +95,19 @@ $(FLOOR)/installed: requirements/floor.txt requirements/common.txt
 	$*/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r $<
 	@touch $@
 
-# It sees the packages of the newest environment, so that torch is not installed once more.
-$(PROGRAMS)/installed: requirements/programs.txt requirements/serving.txt $(NEWEST)/installed
-	@test -x $(PROGRAMS)/bin/python || $(NEWEST)/bin/python -m venv $(PROGRAMS)
+# They see the packages of the newest environment, so that torch is not installed once more.
+$(PROGRAMS)/installed: requirements/programs.txt requirements/agent.txt requirements/retrieval.txt requirements/serving.txt
+$(ENGINES)/installed: requirements/engines.txt requirements/peers.txt
+$(VLLM)/installed: requirements/vllm.txt
+# Without what its packages ask for beside torch; the file says why.
+$(VLLM)/installed: PIP_FLAGS := --no-deps
+
+$(PROGRAMS)/installed $(ENGINES)/installed $(VLLM)/installed: $(NEWEST)/installed
+	@test -x $(@D)/bin/python || $(NEWEST)/bin/python -m venv $(@D)
 	@$(NEWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-		> $$($(PROGRAMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth
-	$(PROGRAMS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r $<
+		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_FLAGS) \
+		-r requirements/$(patsubst .venv-%,%,$(@D)).txt
 	@touch $@
 
 # The source distribution has the files of tests/ that models share, not the folders beside them.
