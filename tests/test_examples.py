@@ -217,6 +217,7 @@ def test_only_answers_are_learnt(tokenizer: PreTrainedTokenizerBase, dialogues: 
     assert taught <= learnt
 
 
+@pytest.mark.grid
 @pytest.mark.slow
 @pytest.mark.usefixtures("leave_the_auto_classes_alone")
 def test_training_script_reports_an_untrained_model(

@@ -103,6 +103,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.grid
 def test_another_process_needs_the_folder_and_nothing_else(reference_dir: Path, tmp_path: Path) -> None:
     output, file = tmp_path / "out", tmp_path / "logits.pt"
     make_adapter(load(reference_dir / "chatglm1"), "lora", tmp_path / "adapter")

@@ -87,6 +87,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.grid
 @pytest.mark.slow
 def test_sharded_equals_whole(chatglm: Any, tmp_path: Path) -> None:
     (tmp_path / "sharded.py").write_text(SHARDED, encoding="utf-8")

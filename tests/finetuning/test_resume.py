@@ -60,6 +60,7 @@ finetune.train(job)
 """
 
 
+@pytest.mark.grid
 def test_killed_and_resumed_in_a_new_process(make_settings: Callable[..., list[str]], tmp_path: Path) -> None:
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, *make_settings()], cwd=EXAMPLES, capture_output=True, timeout=300

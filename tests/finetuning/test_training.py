@@ -86,6 +86,7 @@ for model in (load(full), *adapters, prefixed):
 """
 
 
+@pytest.mark.grid
 def test_the_result_answers_the_same_in_a_new_process(
     finished: dict[str, tuple[finetune.Job, str]], tmp_path: Path, copy_code: Callable[[Path], None]
 ) -> None:
