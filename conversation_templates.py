@@ -118,7 +118,7 @@ def _marking(tokens: Sequence[str]) -> str:
     return filters
 
 
-def _plain_macro(tokens: Sequence[str]) -> str:
+def plain_macro(tokens: Sequence[str]) -> str:
     """The macro `plain`, which writes the text of a message; what is no string fails at the `+`."""
     return (
         "{#- What looks like a control token in a message gets a word joiner, U+2060, which cannot be seen here. -#}\n"
@@ -136,7 +136,7 @@ METADATA_MACRO = f"""{{%- macro heading(metadata) %}}
 """
 
 CHATGLM_6B_TEMPLATE = (
-    _plain_macro(CHATGLM_6B_TOKENS)
+    plain_macro(CHATGLM_6B_TOKENS)
     + """{%- if tools %}
     {{- raise_exception('ChatGLM-6B knows no tools') }}
 {%- endif %}
@@ -167,7 +167,7 @@ CHATGLM_6B_TEMPLATE = (
 )
 
 CHATGLM2_TEMPLATE = (
-    _plain_macro(CHATGLM2_TOKENS)
+    plain_macro(CHATGLM2_TOKENS)
     + """[gMASK]sop
 {%- if tools %}
     {{- raise_exception('ChatGLM2 knows no tools') }}
@@ -200,7 +200,7 @@ CHATGLM2_TEMPLATE = (
 )
 
 CHATGLM3_TEMPLATE = (
-    _plain_macro(CHATGLM3_TOKENS)
+    plain_macro(CHATGLM3_TOKENS)
     + METADATA_MACRO
     + """[gMASK]sop
 {%- macro listed(offered) %}
@@ -255,7 +255,7 @@ CHATGLM3_TEMPLATE = (
 )
 
 GLM4_TEMPLATE = (
-    _plain_macro(GLM4_TOKENS)
+    plain_macro(GLM4_TOKENS)
     + METADATA_MACRO
     + """[gMASK]<sop>
 {%- set builtin_tools = """
@@ -398,4 +398,5 @@ __all__ = [
     "PUBLISHED_TEMPLATES",
     "JOINER",
     "TOOLS_PROMPT",
+    "plain_macro",
 ]

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from folder_switch import Change, UpgradeError
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers.modeling_utils import load_state_dict
 
 
 INDEX = "model.safetensors.index.json"
@@ -40,6 +41,25 @@ class Weights(dict[str, torch.Tensor]):
     def read(self, name: str) -> torch.Tensor:
         """A tensor with its values."""
         return self[name]
+
+
+class StoredWeights(Weights):
+    """The tensors of safetensors files, each without values until it is read."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files: dict[str, Path] = {}
+        for path in files:
+            try:
+                # Safetensors' own function has no device without memory.
+                tensors = load_state_dict(str(path), "meta")
+            except SafetensorError as error:
+                raise UpgradeError(f"{path.name} cannot be read as weights: {error}") from error
+            self.files |= dict.fromkeys(tensors, path)
+            self.update(tensors)
+
+    def read(self, name: str) -> torch.Tensor:
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
 
 
 def read_weights(files: Sequence[Path], index: Mapping[str, Any]) -> Weights:
@@ -100,4 +120,4 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-__all__ = ["Weights", "convert", "read_weights"]
+__all__ = ["StoredWeights", "Weights", "convert", "read_weights"]
