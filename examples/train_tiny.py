@@ -31,7 +31,8 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,31 +218,42 @@ def batches(
         groups[-1].append(row)
     rng.shuffle(groups)
     for group in groups:
-        inputs = tokenizer.pad({"input_ids": [ids for ids, _ in group]}, padding_side="right", return_tensors="pt")
-        # Only what the assistant writes is learnt.
-        labels = torch.full_like(inputs["input_ids"], -100)
-        for label, (ids, mask) in zip(labels, group):
-            label[: len(ids)] = torch.tensor(ids).where(torch.tensor(mask, dtype=torch.bool), -100)
-        yield {**inputs, "labels": labels}
+        yield as_batch(group, tokenizer)
+
+
+def as_batch(
+    rows: Sequence[tuple[list[int], list[int]]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, torch.Tensor]:
+    """Pad rows of ids, each with the mask of what the assistant writes; only that is learnt."""
+    inputs = tokenizer.pad({"input_ids": [ids for ids, _ in rows]}, padding_side="right", return_tensors="pt")
+    labels = torch.full_like(inputs["input_ids"], -100)
+    for label, (ids, mask) in zip(labels, rows):
+        label[: len(ids)] = torch.tensor(ids).where(torch.tensor(mask, dtype=torch.bool), -100)
+    return {**inputs, "labels": labels}
 
 
 def train(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dialogues: list[dict[str, Any]],
+    epoch_batches: Callable[[random.Random], Iterable[dict[str, torch.Tensor]]],
     num_epochs: int,
     learning_rate: float,
+    after_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> None:
-    """Train with AdamW; the learning rate rises shortly and falls along a cosine."""
+    """Train with AdamW; the learning rate rises shortly and falls along a cosine.
+
+    Args:
+        epoch_batches: makes the batches of an epoch.
+        after_epoch: is told the number of an epoch, from 1 on, and its mean loss.
+    """
     rng = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     start = time.perf_counter()
     model.train()
     for epoch in range(num_epochs):
         losses = []
-        epoch_batches = list(batches(dialogues, tokenizer, rng))
-        for index, batch in enumerate(epoch_batches):
-            progress = (epoch + index / len(epoch_batches)) / num_epochs
+        made = list(epoch_batches(rng))
+        for index, batch in enumerate(made):
+            progress = (epoch + index / len(made)) / num_epochs
             rate = learning_rate * min(progress / 0.02, 0.5 + 0.5 * math.cos(math.pi * progress))
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -251,9 +263,11 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             losses.append(loss.item())
+        mean = sum(losses) / len(losses)
         if epoch % 5 == 4:
             seconds = time.perf_counter() - start
-            print(f"epoch {epoch + 1}/{num_epochs}: loss {sum(losses) / len(losses):.4f}, {seconds:.0f} s", flush=True)
+            print(f"epoch {epoch + 1}/{num_epochs}: loss {mean:.4f}, {seconds:.0f} s", flush=True)
+        after_epoch(epoch + 1, mean)
 
 
 def wrong_answers(
@@ -299,7 +313,7 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(arguments.output)
     model = build_model(tokenizer)
     print(f"{len(dialogues)} dialogues, {model.num_parameters():,} parameters", flush=True)
-    train(model, tokenizer, dialogues, arguments.epochs, arguments.learning_rate)
+    train(model, partial(batches, dialogues, tokenizer), arguments.epochs, arguments.learning_rate)
     model.to(torch.float16).save_pretrained(arguments.output)
     num_wrong = 0
     for dtype in (torch.float32, torch.bfloat16):
