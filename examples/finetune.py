@@ -45,6 +45,7 @@ from finetune_data import (
     read_samples,
     show_row,
 )
+from finetune_pictures import PictureReader, picture_of
 from finetune_report import draw_curves, generate_answers, score_answers, write_samples
 from finetune_resume import find_checkpoint
 from finetune_settings import OWN_WEIGHTS, ModelArguments, RunArguments, error_line, read_arguments, settings_named
@@ -90,6 +91,7 @@ def prepare(model: ModelArguments, data: DataArguments, run: RunArguments) -> Jo
         tokenizer = load_tokenizer(Path(model.model))
     if run.disable_tqdm:
         datasets.disable_progress_bars()
+    reader = PictureReader.of(config)
     samples: dict[str, list[Sample]] = {}
     rows: dict[str, Any] = {}
     counts: dict[str, float] = {}
@@ -99,25 +101,47 @@ def prepare(model: ModelArguments, data: DataArguments, run: RunArguments) -> Jo
         with settings_named(f"{name}_file"), run.main_process_first():
             if file:
                 samples[name] = read_samples(file, data)
-                encoded = encode_once(samples[name], tokenizer, data)
+                encoded = encode_once(samples[name], tokenizer, data, reader)
                 rows[name] = encoded.rows
                 counts |= {f"{name}_truncated": encoded.num_truncated, f"{name}_encoding_seconds": encoded.seconds}
                 if run.process_index == 0:
                     print(describe(file, samples[name], encoded, tokenizer), flush=True)
         counts[f"{name}_samples"] = len(samples[name])
+    if reader is not None and any(picture_of(sample.messages, tokenizer) for sample in samples["train"]):
+        check_pictures(model, data, run)
     asked = samples["eval"][: run.generate_samples]
     with settings_named("generate_samples"):
         check_questions(asked, tokenizer, config.max_position_embeddings)
     if data.packing:
         rows["train"] = pack_rows(rows["train"], data.max_length)
     counts["train_rows"] = len(rows["train"])
-    trainer = make_trainer(model, run, tokenizer, rows, data.by_sample)
+    trainer = make_trainer(model, run, tokenizer, rows, data.by_sample, reader)
     weights = list(trainer.model.parameters())
     # ZeRO-3 leaves nothing but a number in the place of a weight.
     sizes = [getattr(weight, "ds_numel", weight.numel()) for weight in weights]
     counts["parameters"] = sum(sizes)
     counts["trainable_parameters"] = sum(size for size, weight in zip(sizes, weights) if weight.requires_grad)
     return Job(trainer, model, data, checkpoint, asked, counts)
+
+
+def check_pictures(model: ModelArguments, data: DataArguments, run: RunArguments) -> None:
+    """Refuse what pictures do not go with.
+
+    Raises:
+        ValueError: with the setting.
+    """
+    faults = {
+        "packing: a row may hold one picture; set packing: false": data.packing,
+        "method: a prompt of PEFT stands in the place of ids, which say where a picture stands; use lora or ptuning": (
+            model.method == "prompt_tuning"
+        ),
+        "train_file: one process with several GPUs cannot share out pictures; start one for each with accelerate launch": (
+            run.n_gpu > 1
+        ),
+    }
+    for message, is_fault in faults.items():
+        if is_fault:
+            raise ValueError(message)
 
 
 def describe(file: str, samples: list[Sample], encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -169,8 +169,13 @@ def read_sizes(folder: Path) -> dict[tuple[str, str], int]:
     return sizes
 
 
-def check_adapter(folder: Path, method: str, target_modules: list[str], config: PreTrainedConfig) -> None:
+def check_adapter(
+    folder: Path, method: str, target_modules: list[str], config: PreTrainedConfig, frozen: str | None = None
+) -> None:
     """Compare an adapter with the model of a configuration, whose weights need not be loaded yet.
+
+    Args:
+        frozen: a pattern of layers that are not to be adapted, whatever they are called.
 
     Raises:
         ValueError: if it was made for another model, or for other layers than `target_modules` names.
@@ -200,6 +205,7 @@ def check_adapter(folder: Path, method: str, target_modules: list[str], config: 
         targeted = {name for name, layer in layers.items() if layer is not skeleton.get_output_embeddings()}
     else:
         targeted = {name for name in layers if any(f".{name}".endswith(f".{target}") for target in target_modules)}
+    targeted = {name for name in targeted if not (frozen and re.fullmatch(frozen, name))}
     names = sorted({name.rpartition(".")[2] for name in adapted})
     if targeted != adapted and target_modules != names:
         raise ValueError(

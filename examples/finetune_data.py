@@ -35,6 +35,7 @@ from datasets.fingerprint import Hasher
 from finetune_files import find_files, read_records
 from finetune_formats import FORMATS, Columns, read_row, recognise
 from finetune_loss import IGNORED, sample_weights
+from finetune_pictures import PictureReader, encode_unopened, located, picture_of, repeat_placeholder
 from local_code import REPOSITORY
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -114,7 +115,8 @@ def read_samples(path: str, arguments: DataArguments) -> list[Sample]:
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
             unread |= conversation.unread
-            samples.append(Sample(place, conversation.messages, conversation.tools, data_format))
+            messages = located(conversation.messages, file.parent)
+            samples.append(Sample(place, messages, conversation.tools, data_format))
     if not samples:
         raise ValueError(f"{path} holds no samples")
     if unread:
@@ -132,7 +134,10 @@ def _recognise(record: Any, arguments: DataArguments) -> str:
 
 
 def encode_samples(
-    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, arguments: DataArguments
+    samples: Sequence[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: DataArguments,
+    reader: PictureReader | None = None,
 ) -> tuple[list[Row], int]:
     """Encode samples in the conversation format of the tokenizer's generation.
 
@@ -142,39 +147,60 @@ def encode_samples(
     Raises:
         ValueError: for a sample that `encode_sample` refuses.
     """
-    encoded = [encode_sample(sample, tokenizer, arguments) for sample in samples]
+    encoded = [encode_sample(sample, tokenizer, arguments, reader) for sample in samples]
     return [row for row, _ in encoded], sum(is_truncated for _, is_truncated in encoded)
 
 
-def encode_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> tuple[Row, bool]:
-    """Encode one sample.
+def encode_sample(
+    sample: Sample,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: DataArguments,
+    reader: PictureReader | None = None,
+) -> tuple[Row, bool]:
+    """Encode one sample; `reader` is there for a model that sees.
 
     Returns:
-        Its row, with `input_ids`, `attention_mask` and `labels` (-100 where nothing is learnt), and whether it was
-        truncated.
+        Its row, with `input_ids`, `attention_mask`, `labels` (-100 where nothing is learnt) and `image` (a path or
+        address, or `None`), and whether it was truncated.
 
     Raises:
-        ValueError: for a sample that has no form in this generation, one that is too long if those are refused, and one
-            without anything to learn.
+        ValueError: for a sample that has no form in this generation, one that is too long if those are refused, one
+            without anything to learn, and one with a picture that is not there or that the model cannot see.
     """
     limit = arguments.max_length
     template = {"tools": sample.tools, "return_assistant_tokens_mask": True, "return_dict": True}
     try:
-        encoded = tokenizer.apply_chat_template(sample.messages, **template)
+        picture = picture_of(sample.messages, tokenizer)
+        if picture is None:
+            encoded = tokenizer.apply_chat_template(sample.messages, **template)
+            ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+        elif reader is None:
+            raise ValueError("there is a picture, and this model reads text alone (no `vision_config`, as GLM-4V has)")
+        else:
+            reader.check(picture)
+            ids, mask = encode_unopened(sample.messages, sample.tools, tokenizer)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{sample.place}: {error}") from error
-    length = len(encoded["input_ids"])
+    length = len(ids)
     if length > limit:
         if arguments.too_long == "refuse":
             raise ValueError(f"{sample.place}: {length} tokens are more than max_length={limit}")
-        encoded = tokenizer.apply_chat_template(sample.messages, **template, truncation=True, max_length=limit)
-    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+        if picture is None:
+            encoded = tokenizer.apply_chat_template(sample.messages, **template, truncation=True, max_length=limit)
+            ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+        ids, mask = ids[:limit], mask[:limit]
     # The first token has no prediction.
     if not any(mask[1:]):
         reason = f"max_length={limit} cuts off the whole answer" if length > limit else "there is no answer"
         raise ValueError(f"{sample.place}: nothing to learn, since {reason} ({length} tokens)")
     labels = [token if is_answer else IGNORED for token, is_answer in zip(ids, mask)]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}, length > limit
+    if picture is not None and reader is not None:
+        try:
+            ids, labels = repeat_placeholder((ids, labels), tokenizer, reader.num_vectors)
+        except ValueError as error:
+            raise ValueError(f"{sample.place}: {error}") from error
+    row = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "image": picture}
+    return row, length > limit
 
 
 class Encoded(NamedTuple):
@@ -186,7 +212,12 @@ class Encoded(NamedTuple):
     was_cached: bool
 
 
-def encode_once(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Encoded:
+def encode_once(
+    samples: Sequence[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: DataArguments,
+    reader: PictureReader | None = None,
+) -> Encoded:
     """Encode samples as [`encode_samples`] does, or find what an earlier run made of the same samples.
 
     Raises:
@@ -198,7 +229,7 @@ def encode_once(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, a
     for file in sorted(REPOSITORY.glob("*.py")):
         digest.update(file.read_bytes() if file.name.startswith(("conversation", "tokenization")) else b"")
     digest.update(Path(__file__).read_bytes())
-    digest.update(f"{arguments.max_length} {arguments.too_long}".encode())
+    digest.update(f"{arguments.max_length} {arguments.too_long} {reader}".encode())
     for sample in samples:
         digest.update(json.dumps([sample.messages, sample.tools], default=str).encode())
     name = digest.hexdigest()
@@ -207,12 +238,13 @@ def encode_once(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, a
     was_cached = cache.is_file()
 
     def encode(row: dict[str, int]) -> dict[str, Any]:
-        encoded, is_truncated = encode_sample(samples[row["index"]], tokenizer, arguments)
+        encoded, is_truncated = encode_sample(samples[row["index"]], tokenizer, arguments, reader)
         return {**encoded, "length": len(encoded["input_ids"]), "is_truncated": is_truncated}
 
     kinds = {"input_ids": "int32", "attention_mask": "int8", "labels": "int32"}
     features = {key: datasets.Sequence(datasets.Value(kind)) for key, kind in kinds.items()}
     features |= {"length": datasets.Value("int32"), "is_truncated": datasets.Value("bool")}
+    features["image"] = datasets.Value("string")
     rows = datasets.Dataset.from_dict({"index": range(len(samples))}).map(
         encode,
         remove_columns=["index"],
@@ -234,12 +266,18 @@ def show_row(row: Row, tokenizer: PreTrainedTokenizerBase, width: int = 400) -> 
     # Characters may be spread over tokens, so what belongs together is decoded together.
     for (is_learnt, is_special), group in itertools.groupby(pairs, key=lambda pair: (pair[1], pair[0] in special)):
         ids = [token for token, _ in group]
-        part = "".join(tokenizer.convert_ids_to_tokens(ids)).replace("▁", " ") if is_special else tokenizer.decode(ids)
+        part = special_names(ids, tokenizer) if is_special else tokenizer.decode(ids)
         text += f"⟦{part}⟧" if is_learnt else part
     text = text.replace("⟧⟦", "")
     text = text.replace("\n", "↵")
     half = width // 2
     return text if len(text) <= width else f"{text[:half]} … {text[-half:]}"
+
+
+def special_names(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The names of control tokens; one that is repeated, as that of a picture's vectors, with how often."""
+    runs = [(tokenizer.convert_ids_to_tokens(token), len(list(run))) for token, run in itertools.groupby(ids)]
+    return "".join(name if count == 1 else f"{name}×{count}" for name, count in runs).replace("▁", " ")
 
 
 @dataclass(frozen=True)
@@ -289,11 +327,13 @@ def pack_rows(rows: Any, max_length: int) -> PackedRows:
 class PaddingCollator:
     """Pads rows on the right, labels with -100, and makes tensors `[batch, seq]` of them, and of what each token counts.
 
-    ChatGLM-6B needs nothing else: its model reads two-row positions and the bidirectional context off the ids.
+    ChatGLM-6B needs nothing else: its model reads two-row positions and the bidirectional context off the ids. Where
+    rows have pictures, there are `pixel_values` of those that do.
     """
 
     pad_token_id: int
     by_sample: bool = False
+    reader: PictureReader | None = None
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         padding = {"input_ids": self.pad_token_id, "attention_mask": 0, "position_ids": 0, "labels": IGNORED}
@@ -306,6 +346,9 @@ class PaddingCollator:
         if self.by_sample:
             weights = [sample_weights(row["labels"], row.get("position_ids", range(length))) for row in rows]
             batch["loss_weights"] = torch.tensor([row + [0.0] * (length - len(row)) for row in weights])
+        pictures = [row["image"] for row in rows if row.get("image") is not None]
+        if pictures and self.reader is not None:
+            batch["pixel_values"] = self.reader.read(pictures)
         return batch
 
 

@@ -23,7 +23,8 @@
 
 Calls and their results are written as the published checkpoints were taught (`metadata`, role `observation`), as
 OpenAI's interface has them (`tool_calls`, role `tool`), as ChatGLM3's published example has them (one entry with
-`name`, `parameters` and `observation`), or as ShareGPT's relatives do (`function_call`, `observation`).
+`name`, `parameters` and `observation`), or as ShareGPT's relatives do (`function_call`, `observation`). A message of the
+first format may have a picture, see `finetune_pictures.py`.
 """
 
 import json
@@ -69,7 +70,18 @@ SHAREGPT_ROLES = {
     "function_response": "observation",
 }
 MESSAGE_KEYS = frozenset(
-    ("role", "content", "metadata", "tools", "tool_calls", "tool_call_id", "name", "parameters", "observation")
+    (
+        "role",
+        "content",
+        "image",
+        "metadata",
+        "tools",
+        "tool_calls",
+        "tool_call_id",
+        "name",
+        "parameters",
+        "observation",
+    )
 )
 SHAREGPT_KEYS = frozenset(("from", "value"))
 LISTS = ("messages", "conversations")

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import torch
 from finetune_data import Sample, question_and_answer
+from finetune_pictures import PictureReader, picture_of
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import get_logger
 
@@ -55,6 +56,10 @@ def generate_answers(
         batch = samples[start : start + batch_size]
         questions, references = zip(*(question_and_answer(sample, tokenizer) for sample in batch))
         inputs = tokenizer.pad({"input_ids": list(questions)}, padding_side="left", return_tensors="pt")
+        pictures = [picture_of(sample.messages, tokenizer) for sample in batch]
+        pictures = [picture for picture in pictures if picture is not None]
+        if pictures and (reader := PictureReader.of(model.config)) is not None:
+            inputs["images"] = reader.read(pictures)
         inputs = inputs.to(model.device)
         output = model.generate(
             **inputs,

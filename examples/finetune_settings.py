@@ -55,10 +55,18 @@ NEW_ADAPTER: dict[str, Any] = {
 }
 # What the trained weights mean depends on these, so a run must have the same ones to go on.
 METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
-    "full": (),
-    "freeze": ("trainable_layers",),
-    "lora": ("target_modules", "lora_rank", "lora_alpha", "use_dora", "rank_pattern", "alpha_pattern"),
-    "adalora": ("target_modules", "lora_rank", "lora_alpha", "adalora_initial_rank"),
+    "full": ("freeze_vision",),
+    "freeze": ("trainable_layers", "freeze_vision"),
+    "lora": (
+        "target_modules",
+        "lora_rank",
+        "lora_alpha",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "freeze_vision",
+    ),
+    "adalora": ("target_modules", "lora_rank", "lora_alpha", "adalora_initial_rank", "freeze_vision"),
     "ptuning": ("pre_seq_len", "prefix_projection"),
     "prompt_tuning": ("pre_seq_len",),
 }
@@ -84,6 +92,9 @@ class ModelArguments:
     )
     adapter: str | None = field(
         default=None, metadata={"help": "the result of an earlier run, to go on training; it brings its own sizes"}
+    )
+    freeze_vision: bool = field(
+        default=True, metadata={"help": "GLM-4V: train the text part alone, and leave its eyes as they are"}
     )
     trainable_layers: int | None = field(
         default=None, metadata={"help": "freeze: how many of the last layers are trained, 2 unless given"}
@@ -341,6 +352,9 @@ def _faults_of_model(model: ModelArguments) -> dict[str, Any]:
         ),
         f"adalora_initial_rank: must be more than lora_rank={model.lora_rank}, to which ranks come down": (
             model.method == "adalora" and (model.adalora_initial_rank or 0) <= (model.lora_rank or 0)
+        ),
+        "freeze_vision: query, key and value are parts of the text part's layers alone; name query_key_value": (
+            PARTS & set(model.target_modules or ()) and config.get("vision_config") and not model.freeze_vision
         ),
         "target_modules: query, key and value are the parts of query_key_value; name it or some of them": (
             PARTS & set(model.target_modules or ())

@@ -24,6 +24,7 @@ import torch
 from finetune_adapter import PARTS, check_adapter, check_patterns, layers_of, train_parts, trained_parts
 from finetune_data import PaddingCollator, Row
 from finetune_loss import learnt_positions, weighted_loss
+from finetune_pictures import PictureReader
 from finetune_resume import OWN_STATE, write_settings
 from finetune_settings import (
     OWN_CHECKPOINTS,
@@ -50,6 +51,8 @@ from transformers.utils import logging
 # Under the library's name, so that its handler prints it.
 logger = logging.get_logger("transformers.finetune")
 
+# The modules of GLM-4V's eyes, whose layers have names of the text part's.
+FROZEN_VISION = r"(.*\.)?vision\..*"
 # What AdaLoRA gives ranks by.
 ADALORA_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
@@ -63,7 +66,13 @@ def load_model(model: ModelArguments, run: RunArguments, num_steps: int) -> Any:
         ValueError: if the folder or the adapter cannot be loaded, or the adapter is of another model.
     """
     if model.adapter:
-        check_adapter(Path(model.adapter), model.method, model.target_modules or [], load_config(model.model))
+        check_adapter(
+            Path(model.adapter),
+            model.method,
+            model.target_modules or [],
+            load_config(model.model),
+            frozen=FROZEN_VISION if model.freeze_vision else None,
+        )
     settings: dict[str, Any] = {"dtype": model.dtype}
     if model.attn_implementation:
         settings["attn_implementation"] = model.attn_implementation
@@ -81,6 +90,9 @@ def load_model(model: ModelArguments, run: RunArguments, num_steps: int) -> Any:
         base.transformer.prefix_encoder.float()
     if model.method == "freeze":
         freeze_but_last_layers(base, model.trainable_layers or 0)
+    # CODEPATH: glm-4v-9b; the others have no eyes.
+    if model.method in OWN_WEIGHTS and base.transformer.vision is not None:
+        base.transformer.vision.requires_grad_(not model.freeze_vision)
     if model.method in (*OWN_WEIGHTS, "ptuning"):
         return base
     adapted = adapt(base, model, num_steps)
@@ -120,7 +132,11 @@ def adapt(base: Any, model: ModelArguments, num_steps: int) -> Any:
             adapted = peft.PeftModel.from_pretrained(base, model.adapter, is_trainable=True)
     else:
         with settings_named("target_modules"):
-            adapted = peft.get_peft_model(base, adapter_config(model, num_steps))
+            config = adapter_config(model, num_steps)
+            # CODEPATH: glm-4v-9b. PEFT warns of what is excluded from a model without it.
+            if base.config.vision_config is not None and model.freeze_vision:
+                config.exclude_modules = FROZEN_VISION
+            adapted = peft.get_peft_model(base, config)
     if model.method == "lora" and not model.adapter:
         check_patterns(adapted, {name: getattr(model, name) for name in ("rank_pattern", "alpha_pattern")})
     parts = PARTS & set(model.target_modules or ())
@@ -316,11 +332,13 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     rows: Mapping[str, Sequence[Row]],
     by_sample: bool = False,
+    reader: PictureReader | None = None,
 ) -> FinetuneTrainer:
     """Load the model, and set the Trainer to rows of `train` and perhaps `eval`.
 
     Args:
         by_sample: whether samples count alike in the loss, or tokens do.
+        reader: reads the pictures of rows.
 
     Raises:
         ValueError: for settings and a model that do not go together.
@@ -332,7 +350,7 @@ def make_trainer(
     trainer = FinetuneTrainer(
         load_model(model, run, num_steps),
         run,
-        data_collator=PaddingCollator(tokenizer.pad_token_id, by_sample),
+        data_collator=PaddingCollator(tokenizer.pad_token_id, by_sample, reader),
         train_dataset=rows["train"],
         eval_dataset=rows.get("eval") or None,
         processing_class=tokenizer,
