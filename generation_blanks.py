@@ -33,44 +33,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from .blank_infilling import find_token
-
-
-@dataclass(frozen=True)
-class InfillFormat:
-    """How a generation that knows blanks is asked to fill them. The defaults are those of GLM-large to GLM-10B."""
-
-    # Answers are written into the text; otherwise behind it.
-    writes_into_text: bool = False
-    # Which blank is filled first: those of an earlier group before those of a later one, and from left to right.
-    mask_groups: tuple[tuple[str, ...], ...] = (("[MASK]", "[sMASK]", "[gMASK]"),)
-    start_of_text: str | None = "[CLS]"
-    end_of_text: str | None = "<|endoftext|>"
-    # A text whose last token is one of these has no end of text.
-    open_ends: tuple[str, ...] = ("[gMASK]",)
-    # Whether a text has its end of text too where choices are scored.
-    ends_scored_text: bool = True
-
-    @property
-    def masks(self) -> tuple[str, ...]:
-        """All mask tokens."""
-        return tuple(name for group in self.mask_groups for name in group)
-
-
-# By the name of a generation (`model_version`).
-INFILL_FORMATS = {
-    "glm": InfillFormat(),
-    "glm130b": InfillFormat(
-        writes_into_text=True,
-        mask_groups=(("[MASK]",), ("[sMASK]",), ("[gMASK]",)),
-        start_of_text=None,
-        end_of_text="</s>",
-        open_ends=("[MASK]", "[sMASK]", "[gMASK]"),
-        ends_scored_text=False,
-    ),
-    "chatglm": InfillFormat(
-        writes_into_text=True, mask_groups=(("[gMASK]",), ("[MASK]",)), start_of_text=None, end_of_text=None
-    ),
-}
+from .configuration_generations import GENERATION_FEATURES, InfillFormat
 
 
 @dataclass(frozen=True)
@@ -159,12 +122,14 @@ def infill_format(config: Any) -> InfillFormat:
     Raises:
         ValueError: for one that knows none.
     """
-    if config.model_version not in INFILL_FORMATS:
+    form: InfillFormat | None = config.features.infill_format
+    if form is None:
+        known = (name for name, features in GENERATION_FEATURES.items() if features.infill_format)
         raise ValueError(
             f"{config.model_version} reads from left to right, and was never taught to fill blanks; "
-            f"{', '.join(INFILL_FORMATS)} are."
+            f"{', '.join(known)} are."
         )
-    return INFILL_FORMATS[config.model_version]
+    return form
 
 
 def find_blanks(form: InfillFormat, tokenizer: PreTrainedTokenizerBase, text: str, has_end: bool = True) -> Blanks:
@@ -523,8 +488,6 @@ class BlankFillingMixin:
 
 __all__ = [
     "BlankFillingMixin",
-    "INFILL_FORMATS",
-    "InfillFormat",
     "Infilled",
     "infill_format",
     "make_choice_rows",

@@ -46,7 +46,8 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_chatglm import GENERATION_FEATURES, ChatGLMConfig
+from .configuration_chatglm import ChatGLMConfig
+from .configuration_generations import GENERATION_FEATURES
 from .generation_blanks import BlankFillingMixin
 from .generation_chatglm import ChatGLMGenerationMixin
 from .linear_cpu import ChatGLMLinear

@@ -163,7 +163,7 @@ def make_model(arguments: PretrainArguments, tokenizer: PreTrainedTokenizerBase)
         max_sequence_length=max(arguments.max_length, arguments.row_length),
     )
     # The folder loads by itself.
-    config.auto_map = {**load_module("configuration_chatglm").AUTO_MAP, **config.features.auto_map}
+    config.auto_map = {**load_module("configuration_generations").AUTO_MAP, **config.features.auto_map}
     return modeling.ChatGLMForConditionalGeneration(config)
 
 

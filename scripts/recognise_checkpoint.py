@@ -126,7 +126,7 @@ def merge_ranks(folder: Path) -> Any:
 
 def is_first_glm(config: Mapping[str, Any]) -> bool:
     """Whether this is the GLM of before ChatGLM, whose model type the library has given to another network."""
-    code = load_code("configuration_chatglm")
+    code = load_code("configuration_generations")
     generation = code.infer_model_version({key: value for key, value in config.items() if key != "model_version"})
     features = code.GENERATION_FEATURES.get(generation)
     return features is not None and features.published_model_type == config.get("model_type")
@@ -140,7 +140,7 @@ def refuse_other_models(config: Mapping[str, Any]) -> None:
             hint = " This is one of the library's own folders (`-hf`): load it as it is, without `trust_remote_code`."
         raise UpgradeError(f"config.json has the model type {model_type!r}; ChatGLM checkpoints have 'chatglm'.{hint}")
     try:
-        load_code("configuration_chatglm").refuse_images(config)
+        load_code("configuration_generations").refuse_images(config)
     except ValueError as error:
         raise UpgradeError(str(error)) from error
 
@@ -167,7 +167,7 @@ def tell_generation(
 
     The name in tokenizer_config.json tells nothing: ChatGLM2-6B's is "THUDM/chatglm-6b".
     """
-    infer_generation = load_code("configuration_chatglm").infer_model_version
+    infer_generation = load_code("configuration_generations").infer_model_version
     unnamed = {key: value for key, value in config.items() if key not in ("_name_or_path", "name_or_path")}
     # In a cache of the Hub the folder has the name of the revision, and the one above it that of the repository.
     name = folder.parent.parent.name if folder.parent.name == "snapshots" else folder.name

@@ -107,7 +107,7 @@ def describe_code(folder: Path) -> str:
 def new_contents(checkpoint: Checkpoint) -> dict[str, bytes]:
     """The code and the two configurations as they should be; only the files that are not so yet."""
     contents = {path.name: path.read_bytes() for path in sorted(CODE.glob("*.py"))}
-    configuration = load_code("configuration_chatglm")
+    configuration = load_code("configuration_generations")
     own_map = {**configuration.AUTO_MAP, **configuration.GENERATION_FEATURES[checkpoint.generation].auto_map}
     tokenizer_map = {"AutoTokenizer": [f"{checkpoint.tokenizer_module}.{checkpoint.tokenizer_class}", None]}
     files = [

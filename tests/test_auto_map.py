@@ -36,7 +36,7 @@ def test_a_saved_folder_names_every_class(
 ) -> None:
     auto_class.from_pretrained(case_folder(name), trust_remote_code=True).save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["auto_map"]
-    assert auto_map == source("configuration_chatglm").AUTO_MAP
+    assert auto_map == source("configuration_generations").AUTO_MAP
     model = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(model).__name__ == "ChatGLMForConditionalGeneration"
 
@@ -48,7 +48,7 @@ def test_a_model_without_a_folder_names_every_class(
     del config.auto_map["AutoModelForSeq2SeqLM"]
     AutoModel.from_config(config, trust_remote_code=True).save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["auto_map"]
-    assert auto_map == source("configuration_chatglm").AUTO_MAP
+    assert auto_map == source("configuration_generations").AUTO_MAP
 
 
 def test_names_of_a_hub_become_local_and_own_classes_stay(source: Callable[[str], ModuleType]) -> None:

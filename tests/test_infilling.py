@@ -158,7 +158,7 @@ def test_what_is_read_is_as_recorded(
     module, tokenizer = source("generation_blanks"), glm_words(GLM_KINDS[name])
     recorded, tensors = case(name).expected["blanks"], case(name).tensors
     text = tokenizer.write(recorded["context_ids"][1:-1])
-    blanks = module.find_blanks(module.INFILL_FORMATS["glm"], tokenizer, text)
+    blanks = module.find_blanks(module.InfillFormat(), tokenizer, text)
     assert [blanks.mask_position(blank) for blank in range(3)] == recorded["mask_positions"]
     end = tokenizer.special["<|endofpiece|>"]
     for span in recorded["spans"]:

@@ -37,13 +37,14 @@ MAX_FUNCTION_LINES = 55
 # Each file that a checkpoint folder gets, and which of the others it may import.
 ARROWS: dict[str, set[str]] = {
     "blank_infilling": set(),
-    "configuration_chatglm": {"configuration_vision"},
+    "configuration_chatglm": {"configuration_generations", "configuration_vision"},
+    "configuration_generations": set(),
     "configuration_vision": set(),
     "conversation_chatglm": {"conversation_calls", "conversation_templates"},
     "conversation_calls": {"conversation_templates"},
     "conversation_rendering": {"conversation_chatglm", "conversation_templates"},
     "conversation_templates": set(),
-    "generation_blanks": {"blank_infilling"},
+    "generation_blanks": {"blank_infilling", "configuration_generations"},
     "generation_cache": set(),
     "generation_chatglm": {"conversation_chatglm", "generation_cache", "generation_published"},
     "generation_published": set(),
@@ -53,6 +54,7 @@ ARROWS: dict[str, set[str]] = {
     "linear_cpu": {"kernels_llvm", "kernels_matmul"},
     "modeling_chatglm": {
         "configuration_chatglm",
+        "configuration_generations",
         "generation_blanks",
         "generation_chatglm",
         "linear_cpu",

@@ -132,7 +132,7 @@ def test_folders_by_their_path(
     folder = shutil.copytree(case_folder(name), tmp_path / "upgraded")
     # As the upgrade writes it: the published file of ChatGLM-6B lacks AutoModelForCausalLM.
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["auto_map"] = source("configuration_chatglm").AUTO_MAP
+    config["auto_map"] = source("configuration_generations").AUTO_MAP
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     arguments = trl.DPOConfig(
         str(tmp_path / "out"),

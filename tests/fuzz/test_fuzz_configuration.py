@@ -39,6 +39,11 @@ def configuration(source: Callable[[str], ModuleType]) -> ModuleType:
     return source("configuration_chatglm")
 
 
+@pytest.fixture(scope="module")
+def image_keys(source: Callable[[str], ModuleType]) -> list[str]:
+    return list(source("configuration_generations").IMAGE_KEYS)
+
+
 def published(reference_dir: Path, name: str) -> dict[str, Any]:
     return json.loads((reference_dir / name / "config.json").read_text(encoding="utf-8"))
 
@@ -51,11 +56,11 @@ def changes(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
 @pytest.mark.parametrize("name", GENERATION_CASES)
 @given(data=st.data())
 def test_any_settings_are_taken_or_refused(
-    configuration: ModuleType, reference_dir: Path, name: str, data: st.DataObject
+    configuration: ModuleType, image_keys: list[str], reference_dir: Path, name: str, data: st.DataObject
 ) -> None:
     file = published(reference_dir, name)
     config_class = configuration.ChatGLMConfig
-    names = [*file, *configuration.own_field_names(), *config_class.attribute_map, *configuration.IMAGE_KEYS]
+    names = [*file, *configuration.own_field_names(), *config_class.attribute_map, *image_keys]
     changed = data.draw(changes(sorted(set(names))))
     start = file if data.draw(st.booleans()) else {}
     try:
