@@ -85,7 +85,7 @@ from .modeling_prefix import (
     lacks_prefix,
 )
 from .quantization import ChatGLMQuantizationMixin, init_quantized_linear
-from .vision_chatglm import ChatGLMVisionModel
+from .vision_chatglm import ChatGLMVisionAttention, ChatGLMVisionLayer, ChatGLMVisionModel
 
 
 # The attention implementations that take a mask of any form.
@@ -164,7 +164,11 @@ class ChatGLMPreTrainedModel(PictureModelMixin, PrefixTuningMixin, ChatGLMQuanti
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": ChatGLMBlock, "attentions": ChatGLMAttention}
+    # The second of each are those of GLM-4V's eyes, which run on their own, in `get_image_features`.
+    _can_record_outputs = {
+        "hidden_states": [ChatGLMBlock, ChatGLMVisionLayer],
+        "attentions": [ChatGLMAttention, ChatGLMVisionAttention],
+    }
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         # A private hook (Transformers 5.17 to 5.23) and the only place that sees every way of choosing.

@@ -32,6 +32,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vision import VisionSettings
 from .generation_published import unpack_encoding
@@ -211,8 +215,16 @@ class PictureModelMixin:
     base_model: Any
     get_input_embeddings: Callable[..., Any]
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The vectors of pictures as the decoder reads them, `[pictures, N + 2, hidden]`, begin and end included.
+    @capture_outputs(tie_last_hidden_states=False)
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """What the eyes make of pictures, `[pictures, 3, image_size, image_size]`.
+
+        Returns:
+            `pooler_output`, the vectors as the decoder reads them, `[pictures, N + 2, hidden]`, begin and end included, and
+            `last_hidden_state`, the tower's, `[pictures, 1 + patches, width]`; with `output_hidden_states` and
+            `output_attentions` those of the tower; with `return_dict=False` a tuple.
 
         Raises:
             ValueError: if this model sees no pictures, or for pixels of another shape than its own.
@@ -232,7 +244,11 @@ class PictureModelMixin:
             return None
         if len(given) > 1:
             raise ValueError("Give pictures once: `images` and `pixel_values` are two names of one argument.")
-        return image_features if image_features is not None else self.get_image_features(given[0])
+        return (
+            image_features
+            if image_features is not None
+            else self.get_image_features(given[0], return_dict=True).pooler_output
+        )
 
     def embed_with_pictures(self, input_ids: torch.Tensor, rows: PictureRows, features: torch.Tensor) -> torch.Tensor:
         """Embeddings `[batch, places, hidden]` with the pictures' vectors where they stand.

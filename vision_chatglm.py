@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_chatglm import ChatGLMConfig
@@ -65,15 +66,16 @@ class ChatGLMVisionAttention(nn.Module):
         self.query_key_value = ChatGLMLinear(vision.hidden_size, 3 * vision.hidden_size)
         self.dense = ChatGLMLinear(vision.hidden_size, vision.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is added to the stream, and the attention's weights where its implementation has them."""
         heads = self.query_key_value(hidden_states).unflatten(-1, (3, -1, self.head_dim))
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, _ = attention_interface(self, query, key, value, None, scaling=self.scaling, is_causal=False)
+        output, weights = attention_interface(self, query, key, value, None, scaling=self.scaling, is_causal=False)
         # As published, dropout is behind the projection, not on the attention's weights.
-        return F.dropout(self.dense(output.reshape(hidden_states.shape)), self.dropout, self.training)
+        return F.dropout(self.dense(output.reshape(hidden_states.shape)), self.dropout, self.training), weights
 
 
 class ChatGLMVisionMLP(nn.Module):
@@ -99,7 +101,7 @@ class ChatGLMVisionLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + self.input_layernorm(self.attention(hidden_states))
+        hidden_states = hidden_states + self.input_layernorm(self.attention(hidden_states)[0])
         return hidden_states + self.post_attention_layernorm(self.mlp(hidden_states))
 
 
@@ -148,13 +150,14 @@ class ChatGLMVisionModel(nn.Module):
         self.boi = nn.Parameter(torch.empty(1, 1, config.hidden_size))
         self.eoi = nn.Parameter(torch.empty(1, 1, config.hidden_size))
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The vectors of pictures, begin and end included.
+    def forward(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        """What the tower makes of pictures, and the vectors that stand in the text.
 
         Args:
             pixel_values: `[pictures, 3, image_size, image_size]`, normed as the image processor does it.
 
         Returns:
+            `last_hidden_state`, the tower's, `[pictures, 1 + patches, width]`, and `pooler_output`, begin and end included,
             `[pictures, N + 2, hidden]`, N being `VisionSettings.num_patch_vectors`.
 
         Raises:
@@ -170,7 +173,8 @@ class ChatGLMVisionModel(nn.Module):
         patches = hidden_states[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
         vectors = self.linear_proj(self.conv(patches).flatten(2).transpose(1, 2))
         begin, end = (vector.expand(len(vectors), -1, -1).to(vectors.device) for vector in (self.boi, self.eoi))
-        return torch.cat((begin, vectors, end), dim=1) / self.scaling_factor
+        features = torch.cat((begin, vectors, end), dim=1) / self.scaling_factor
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=features)
 
 
-__all__ = ["ChatGLMVisionModel"]
+__all__ = ["ChatGLMVisionAttention", "ChatGLMVisionLayer", "ChatGLMVisionModel"]

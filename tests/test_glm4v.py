@@ -91,10 +91,11 @@ def test_tower_and_adapter(case_folder: Named, recorded: Any, attention: str) ->
     for name, module in modules.items():
         module.register_forward_hook(lambda module, args, output, name=name: seen.update({name: output}))
     with torch.no_grad():
-        features = model.get_image_features(tensors["pixels.wide"][None])
-    assert_relative(features, tensors["vision.features"])
+        seen_by_model = model.get_image_features(tensors["pixels.wide"][None], output_hidden_states=True)
+    assert_relative(seen_by_model.pooler_output, tensors["vision.features"])
+    assert seen_by_model.last_hidden_state is seen_by_model.hidden_states[-1]
     for name, output in seen.items():
-        assert_relative(output, tensors[f"vision.{name}"])
+        assert_relative(output[0] if isinstance(output, tuple) else output, tensors[f"vision.{name}"])
 
 
 @pytest.mark.parametrize("prompt", ["single", "text", "history", "later"])

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Transformers' common configuration, model and training tests, on tiny models of ChatGLM3 and ChatGLM-6B."""
+"""Transformers' common configuration, model and training tests, on tiny models of ChatGLM3, ChatGLM-6B and GLM-4V."""
 
 import unittest
 from typing import Any
@@ -66,11 +66,51 @@ class ChatGLMModelTester:
         return self.get_config(), inputs
 
 
+class VisionSettings(dict[str, Any]):
+    """A dict, as in `config.json`; the library's tests set attributes on it."""
+
+
+class PictureModelTester(ChatGLMModelTester):
+    """The same with a picture in each row, behind the padding, its placeholder written once for each of its vectors."""
+
+    vision_config = VisionSettings(
+        image_size=56,
+        patch_size=14,
+        num_positions=17,
+        hidden_size=24,
+        num_heads=4,
+        num_hidden_layers=2,
+        intermediate_size=40,
+    )
+    num_vectors, seq_length = 4, 11
+    begin, placeholder, end = 3, 4, 5
+
+    def get_config(self) -> Any:
+        self.options |= {"vision_config": self.vision_config, "boi_token_id": self.begin, "eoi_token_id": self.end}
+        return super().get_config()
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, torch.Tensor]]:
+        config, inputs = super().prepare_config_and_inputs_for_common()
+        picture = [self.begin, *[self.placeholder] * self.num_vectors, self.end]
+        first = self.batch_size - 1
+        ids = inputs["input_ids"].clamp(min=self.end + 1)
+        ids[:, first : first + len(picture)] = torch.tensor(picture, device=ids.device)
+        pixels = torch.rand(self.batch_size, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+        return config, {**inputs, "input_ids": ids, "pixel_values": pixels.to(torch_device)}
+
+
+class TextAlone:
+    """For configurations without eyes, whose classes have the method that GLM-4V's needs."""
+
+    def _image_features_prepare_config_and_inputs(self) -> Any:
+        self.skipTest("the model reads text alone; `get_image_features` says so")
+
+
 CHATGLM3 = ChatGLMModelTester(model_version="chatglm3")
 CHATGLM_6B = ChatGLMModelTester(model_version="chatglm", bos_token_id=94, eos_token_id=95)
 
 
-class ChatGLM3ConformanceTest(KnownDeviations, ModelTesterMixin, TrainingTesterMixin, unittest.TestCase):
+class ChatGLM3ConformanceTest(KnownDeviations, TextAlone, ModelTesterMixin, TrainingTesterMixin, unittest.TestCase):
     all_model_classes = DECODERS
     model_tester = CHATGLM3
     deviations = GENERATION | RENAMING
@@ -79,19 +119,19 @@ class ChatGLM3ConformanceTest(KnownDeviations, ModelTesterMixin, TrainingTesterM
         ConfigTester(self, config_class=ChatGLMConfig, hidden_size=128).run_common_tests()
 
 
-class ChatGLM3ClassifierConformanceTest(KnownDeviations, ModelTesterMixin, unittest.TestCase):
+class ChatGLM3ClassifierConformanceTest(KnownDeviations, TextAlone, ModelTesterMixin, unittest.TestCase):
     all_model_classes = (ChatGLMForSequenceClassification,)
     model_tester = CHATGLM3
     deviations = RENAMING
 
 
-class ChatGLM6BConformanceTest(KnownDeviations, ModelTesterMixin, TrainingTesterMixin, unittest.TestCase):
+class ChatGLM6BConformanceTest(KnownDeviations, TextAlone, ModelTesterMixin, TrainingTesterMixin, unittest.TestCase):
     all_model_classes = (*DECODERS, ChatGLMForSequenceClassification)
     model_tester = CHATGLM_6B
     deviations = GENERATION | RENAMING
 
 
-class PrefixConformanceTest(KnownDeviations, ModelTesterMixin, unittest.TestCase):
+class PrefixConformanceTest(KnownDeviations, TextAlone, ModelTesterMixin, unittest.TestCase):
     """With a prefix of P-tuning v2, which alone is trained."""
 
     all_model_classes = DECODERS
@@ -101,4 +141,17 @@ class PrefixConformanceTest(KnownDeviations, ModelTesterMixin, unittest.TestCase
         **RENAMING,
         "test_attention_outputs": "tokens attend to the prefix as well",
         "test_retain_grad_hidden_states_attentions": "before the first layer nothing is trained",
+    }
+
+
+class GLM4VConformanceTest(KnownDeviations, ModelTesterMixin, unittest.TestCase):
+    """With pictures."""
+
+    all_model_classes = (*DECODERS, ChatGLMForSequenceClassification)
+    model_tester = PictureModelTester(model_version="glm4")
+    deviations = {
+        **GENERATION,
+        **RENAMING,
+        "test_inputs_embeds": "only ids say where a picture stands",
+        "test_inputs_embeds_matches_input_ids": "only ids say where a picture stands",
     }
