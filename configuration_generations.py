@@ -42,7 +42,10 @@ GLM_AUTO_MAP = {
 }
 
 # The same for GLM-4V.
-VISION_AUTO_MAP = {"AutoModelForImageTextToText": "modeling_chatglm.ChatGLMForConditionalGeneration"}
+VISION_AUTO_MAP = {
+    "AutoModelForImageTextToText": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    "AutoProcessor": "processing_chatglm.ChatGLMProcessor",
+}
 
 # The library's name of a value -> its name in the published files.
 PUBLISHED_KEYS = {

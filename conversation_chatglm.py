@@ -50,6 +50,7 @@ from .conversation_calls import (
     tools_as_sections,
     write_call,
 )
+from .conversation_messages import ROLES, Message, check_text, content_text, take_picture
 from .conversation_templates import (
     CHATGLM2_TEMPLATE,
     CHATGLM2_TOKENS,
@@ -61,6 +62,7 @@ from .conversation_templates import (
     EARLIER_RESPONSE_TEMPLATES,
     EARLIER_TEMPLATES,
     GLM4_BUILTIN_TOOLS,
+    GLM4_PICTURE_TOKENS,
     GLM4_RESPONSE_TEMPLATE,
     GLM4_TEMPLATE,
     GLM4_TOKENS,
@@ -70,10 +72,6 @@ from .conversation_templates import (
     TOOLS_PROMPT,
 )
 
-
-Message = dict[str, Any]
-
-ROLES = ("system", "user", "assistant", "observation")
 
 # A placeholder the models were trained to write for the date of their training, and what `chat` shows instead.
 TRAINING_TIME = ("[[训练时间]]", "2023年")
@@ -289,7 +287,7 @@ class ConversationFormat:
         calls = message.get("tool_calls")
         if calls is not None and not isinstance(calls, (list, tuple)):
             raise TypeError(f"`tool_calls` of {place} must be a list, got {reprlib.repr(calls)}.")
-        message, picture = _take_picture(message, place)
+        message, picture = take_picture(message, place)
         if picture is not None and not self.picture_tokens:
             raise ValueError(f"{place} has a picture, and this generation reads text alone.")
         if "content" not in message and not calls and picture is None:
@@ -300,7 +298,7 @@ class ConversationFormat:
             for key, value in message.items()
             if key not in ("tool_calls", "tool_call_id") and value is not None
         }
-        normalized |= {"role": role, "content": _content_text(message.get("content"), place)}
+        normalized |= {"role": role, "content": content_text(message.get("content"), place)}
         if not isinstance(normalized.get("metadata", ""), str):
             raise TypeError(f"The metadata of {place} must be a string, got {reprlib.repr(normalized['metadata'])}.")
         if role == "system" and "tools" in normalized:
@@ -503,63 +501,6 @@ def conversation_format(name: str) -> ConversationFormat:
     return CONVERSATION_FORMATS[name]
 
 
-def check_text(text: str) -> None:
-    """Refuse a text with half of a surrogate pair in it, which has no UTF-8 form and therefore no tokens.
-
-    Raises:
-        ValueError: with the half character, its place, and what repairs the text.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"Character {error.start} of a text is {text[error.start]!r}, half of a surrogate pair, which cannot be "
-            f"encoded: {reprlib.repr(text)}. Repair it with text.encode('utf-16', 'surrogatepass').decode('utf-16', "
-            "'replace')."
-        ) from None
-
-
-def _content_text(content: Any, place: str) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, (list, tuple)):
-        raise TypeError(
-            f"The content of {place} must be a string, got {reprlib.repr(content)}. Write structured data as text, "
-            "for example with json.dumps."
-        )
-    texts = []
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(
-                f'The content of {place} may hold parts {{"type": "text", "text": ...}} only, got {reprlib.repr(part)}.'
-            )
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def _take_picture(message: Mapping[str, Any], place: str) -> tuple[Mapping[str, Any], Any]:
-    """A message without its picture, and the picture: that of `image`, or of a part in a form of the library or OpenAI."""
-    content = message.get("content")
-    parts = content if isinstance(content, (list, tuple)) else ()
-    found = [part for part in parts if isinstance(part, Mapping) and part.get("type") in ("image", "image_url")]
-    pictures = [message["image"]] if message.get("image") is not None else []
-    for part in found:
-        values = [part[key] for key in ("image", "url", "path", "base64", "image_url") if part.get(key) is not None]
-        if len(values) != 1:
-            raise ValueError(f"A picture of {place} needs one of `image`, `url`, `path`, `base64` and `image_url`.")
-        pictures.append(values[0]["url"] if isinstance(values[0], Mapping) and "url" in values[0] else values[0])
-    if len(pictures) > 1:
-        raise ValueError(
-            f"A conversation may hold one picture, as the model was trained; {place} has {len(pictures)}."
-        )
-    without = {key: value for key, value in message.items() if key != "image"}
-    if found:
-        without["content"] = [part for part in parts if not any(part is picture for picture in found)]
-    return without, pictures[0] if pictures else None
-
-
 def _is_known_template(template: Any) -> bool:
     """Whether a template is one that the published folders or earlier versions of these files have."""
     if not isinstance(template, str):
@@ -668,7 +609,7 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             closing_token="<|user|>",
             marked_tokens=GLM4_TOKENS,
             # CODEPATH: glm-4v-9b; glm-4-9b has the tokens, and its network refuses the picture.
-            picture_tokens=("<|begin_of_image|>", "<|endoftext|>", "<|end_of_image|>"),
+            picture_tokens=GLM4_PICTURE_TOKENS,
             chat_template=GLM4_TEMPLATE,
             response_template=GLM4_RESPONSE_TEMPLATE,
             chat_defaults={"max_length": 8192, "top_p": 0.8, "temperature": 0.8},

@@ -22,7 +22,7 @@ What is unusual here:
   stands here without one was written by the template. The pieces have their joiners taken out: rendering and reading
   together change nothing.
 - `[gMASK]sop` and a role token open a conversation of ChatGLM3 and GLM-4. Behind a role token, the first newline ends
-  the metadata; a newline within the metadata has an odd number of joiners before it.
+  the metadata; a newline within the metadata has an odd number of joiners before it. There stands a picture of GLM-4V.
 - ChatGLM2 writes `[gMASK]sop` and one text, in which control tokens are text. An answer at its end is a piece of its
   own, behind the last `答：`; it is marked where it holds that heading, too.
 - A conversation of ChatGLM-6B is a text with `[gMASK]<sop>` behind it, and maybe the answer.
@@ -99,11 +99,13 @@ def _cut_roles(text: str, start: int, chat_format: RoleFormat) -> Iterator[Piece
     role_tokens = tuple(f"<|{role}|>" for role in ROLES)
     if not text.startswith(role_tokens, start):
         return
-    tokens = "|".join(map(re.escape, (*role_tokens, *chat_format.stop_tokens, chat_format.closing_token)))
-    matches = list(re.compile(tokens).finditer(text, start))
+    picture = "".join(chat_format.picture_tokens)
+    # A picture first: one of its tokens ends answers, too.
+    known = (*([picture] if picture else []), *role_tokens, *chat_format.stop_tokens, chat_format.closing_token)
+    matches = list(re.compile("|".join(map(re.escape, known))).finditer(text, start))
     ends = [match.start() for match in matches[1:]] + [len(text)]
     for match, end in zip(matches, ends):
-        yield from _special_pieces([match[0]], match.start())
+        yield from _special_pieces(chat_format.picture_tokens if match[0] == picture else [match[0]], match.start())
         start = match.end()
         newline = _end_of_metadata(text, start, end) if match[0] in role_tokens else -1
         if newline >= 0:

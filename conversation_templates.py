@@ -84,6 +84,8 @@ GLM4_TOKENS = (
     *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
     *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
 )
+# What stands for a picture: begin, placeholder, end.
+GLM4_PICTURE_TOKENS = ("<|begin_of_image|>", "<|endoftext|>", "<|end_of_image|>")
 # What stands before an answer of ChatGLM2. In the answer itself it is marked too, so that the two can be told apart.
 CHATGLM2_ANSWER_HEADING = "\n\n答："
 
@@ -283,7 +285,10 @@ GLM4_TEMPLATE = (
 {%- for message in messages %}
     {%- set role = 'observation' if message['role'] == 'tool' else message['role'] %}
     {%- set metadata = heading(message['metadata'] or '') %}
-    {%- set content = plain(message['content'] or '') %}
+    {%- set picture = '"""
+    + "".join(GLM4_PICTURE_TOKENS)
+    + """' if message['image'] is defined and message['image'] is not none else '' %}
+    {%- set content = picture + plain(message['content'] or '') %}
     {%- if role not in ['system', 'user', 'assistant', 'observation'] %}
         {{- raise_exception('Unknown role ' ~ role) }}
     {%- elif role != 'assistant' %}
@@ -389,6 +394,7 @@ __all__ = [
     "EARLIER_RESPONSE_TEMPLATES",
     "EARLIER_TEMPLATES",
     "GLM4_BUILTIN_TOOLS",
+    "GLM4_PICTURE_TOKENS",
     "GLM4_RESPONSE_TEMPLATE",
     "GLM4_TEMPLATE",
     "GLM4_TOKENS",

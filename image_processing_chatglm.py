@@ -16,28 +16,88 @@
 What is unusual here:
 
 - A picture becomes a square of the model's size whatever its form is: nothing is cut off, nothing is padded.
-- It is resized by Pillow on whole numbers, and everything behind that is float32, in the published order. So the numbers
-  are those of the published code bit for bit.
+- There are two processors, named as the library names such pairs. `ChatGLMImageProcessorPil` resizes with Pillow on whole
+  numbers, and everything behind that is float32, in the published order: its numbers are the published ones bit for bit.
+  `ChatGLMImageProcessor` resizes with torchvision, on a GPU as well, and is off by one of 255 levels at most.
+- Both open pictures with Pillow. What the library opens for torchvision knows fewer kinds of files and no limit of size.
 - Transparency is dropped, as the published programs do, not blended with a background.
 - A picture is refused by its size before it is decoded, so that a small file cannot fill the memory.
 """
 
+import base64
+import binascii
+import io
+import os
+import reprlib
+import struct
 from typing import Any
 
 import numpy as np
-from transformers.image_processing_backends import PilBackend
+import torch
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict, load_image
+from transformers.processing_utils import ImagesKwargs
+
+from .configuration_vision import VisionSettings
 
 
 try:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 except ImportError as error:
     raise ImportError("Pictures are read by Pillow: pip install pillow") from error
 
 # As many as a picture of 10,000 × 10,000 has. As RGB that is 300 MB.
 MOST_PIXELS = 100_000_000
+
+# What Pillow raises for files that are broken, beside its own errors, which are among these.
+DECODING_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, ArithmeticError, struct.error),
+    Image.DecompressionBombError,
+)
+
+
+def check_size(image: Image.Image) -> None:
+    """Refuse a picture with more than `MOST_PIXELS`, or with none, by a `ValueError`; nothing is decoded."""
+    width, height = image.size
+    if not 0 < width * height <= MOST_PIXELS:
+        raise ValueError(
+            f"A picture has {width} × {height} pixels; there must be one at least, and {MOST_PIXELS:,} at most. Make it "
+            "smaller first."
+        )
+
+
+def open_picture(source: str | os.PathLike[str]) -> Image.Image:
+    """Open a picture as RGB, turned upright as its file says.
+
+    Args:
+        source: the path of a file, base64 (also as a `data:` address), or an address, which the library loads.
+
+    Raises:
+        ValueError: for what cannot be read as a picture, is no longer there or has too many pixels.
+    """
+    name = os.fspath(source)
+    shown = reprlib.repr(name)
+    if name.startswith(("http://", "https://")):
+        try:
+            return load_image(name)
+        except Exception as error:  # Of the library that it loads with, which changes, or of Pillow.
+            raise ValueError(f"The picture {shown} cannot be loaded: {error}") from error
+    is_file = os.path.isfile(name)
+    try:
+        file: Any = name if is_file else io.BytesIO(base64.b64decode(name.partition(",")[2] or name))
+        with Image.open(file) as image:
+            check_size(image)
+            ImageOps.exif_transpose(image, in_place=True)
+            return as_rgb(image)
+    except (binascii.Error, UnidentifiedImageError):
+        what = (
+            "this file is no picture" if is_file else "this is no file, no address (http, https) and no base64 of one"
+        )
+        raise ValueError(f"The picture {shown} cannot be read: {what}.") from None
+    except DECODING_ERRORS as error:
+        raise ValueError(f"The picture {shown} cannot be read: {error}") from error
 
 
 def as_rgb(image: Any) -> Image.Image:
@@ -56,51 +116,80 @@ def as_rgb(image: Any) -> Image.Image:
             image = to_pil_image(image)
         except (ValueError, TypeError, AttributeError) as error:
             raise TypeError(f"A picture must be one of Pillow, an array or a tensor: {error}") from error
-    width, height = image.size
-    if not 0 < width * height <= MOST_PIXELS:
-        raise ValueError(
-            f"A picture has {width} × {height} pixels; there must be one at least, and {MOST_PIXELS:,} at most. Make it "
-            "smaller first."
-        )
+    check_size(image)
+    if image.format == "EPS":
+        raise ValueError("A picture is PostScript, which another program would have to run: convert it to PNG first.")
+    if image.mode == "F":
+        raise ValueError("A picture of floats has no known range: turn it into whole numbers from 0 to 255 first.")
     try:
         # Pillow cuts off what has more than 8 bits.
         if image.mode.startswith("I"):
-            return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert(
-                "RGB"
-            )
-        if image.mode == "F":
-            raise ValueError("A picture of floats has no known range: turn it into whole numbers from 0 to 255 first.")
+            levels = np.asarray(image).astype(np.uint32) >> 8
+            return Image.fromarray(levels.clip(0, 255).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DECODING_ERRORS as error:
+        width, height = image.size
         raise ValueError(f"A picture of {width} × {height} pixels cannot be decoded: {error}") from error
 
 
-class ChatGLMImageProcessor(PilBackend):
-    """GLM-4V's image processor: `pixel_values`, float32 `[pictures, 3, size, size]`.
-
-    Pictures are those of Pillow, arrays, tensors, or what the library loads: paths, addresses, base64.
+class ChatGLMImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # mypy does not see the base
     """
+    patch_size (`int`):
+        Width of the patches that the tower sees, which tells how many vectors a picture becomes.
+    """
+
+    patch_size: int
+
+
+class PictureSteps:
+    """What both image processors do: what they read, what they are set to, and what they save."""
 
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
     size = {"height": 1120, "width": 1120}
+    patch_size = 14
     do_resize = True
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
     model_input_names = ["pixel_values"]
+    valid_kwargs = ChatGLMImagesKwargs
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Load what is named by a path, an address or base64.
+        """Open what is named by a path, an address or base64, in lists too; see [`open_picture`]."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        is_name = isinstance(image_url_or_urls, (str, os.PathLike))
+        if not is_name and not isinstance(image_url_or_urls, (Image.Image, np.ndarray, torch.Tensor)):
+            raise TypeError(
+                "A picture must be one of Pillow, an array, a tensor, a path, an address or base64, got "
+                f"{reprlib.repr(image_url_or_urls)}."
+            )
+        return open_picture(image_url_or_urls) if is_name else image_url_or_urls
 
-        Raises:
-            ValueError: for what cannot be read as a picture.
-        """
-        try:
-            return super().fetch_images(image_url_or_urls)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"A picture cannot be read: {error}") from error
+    def num_patch_vectors(self, image_size: int) -> int:
+        """How many vectors the decoder gets for a picture of `image_size` pixels a side, begin and end left out."""
+        return VisionSettings(image_size=image_size, patch_size=self.patch_size).num_patch_vectors
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved, with the places where the Auto classes find this one and the whole processor."""
+        settings = super().to_dict()  # type: ignore[misc]  # this is a part of a class
+        own = {
+            "AutoImageProcessor": [
+                "image_processing_chatglm.ChatGLMImageProcessorPil",
+                "image_processing_chatglm.ChatGLMImageProcessor",
+            ],
+            "AutoProcessor": "processing_chatglm.ChatGLMProcessor",
+        }
+        return {**settings, "auto_map": {**settings.get("auto_map", {}), **own}}
+
+
+class ChatGLMImageProcessorPil(PictureSteps, PilBackend):
+    """GLM-4V's image processor on Pillow: `pixel_values`, float32 `[pictures, 3, size, size]`, the published numbers.
+
+    Pictures are those of Pillow, arrays, tensors, paths, addresses, base64.
+    """
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         """One picture as RGB, uint8 `[3, height, width]`; see [`as_rgb`]."""
@@ -135,10 +224,14 @@ class ChatGLMImageProcessor(PilBackend):
             processed.append(values)
         return BatchFeature(data={"pixel_values": processed}, tensor_type=return_tensors)
 
-    def to_dict(self) -> dict[str, Any]:
-        """What is saved, with the place where the Auto class finds this one."""
-        auto_map = {"AutoImageProcessor": "image_processing_chatglm.ChatGLMImageProcessor"}
-        return {**super().to_dict(), "auto_map": auto_map}
+
+class ChatGLMImageProcessor(PictureSteps, TorchvisionBackend):
+    """The same on torchvision, which also runs where `device` says: the numbers of [`ChatGLMImageProcessorPil`] but for
+    one of 255 levels."""
+
+    def process_image(self, image: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        """One picture as RGB, uint8 `[3, height, width]`; see [`as_rgb`]."""
+        return torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1).contiguous().to(device)
 
 
-__all__ = ["ChatGLMImageProcessor", "as_rgb"]
+__all__ = ["ChatGLMImageProcessor", "ChatGLMImageProcessorPil", "as_rgb", "open_picture"]

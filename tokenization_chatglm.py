@@ -531,19 +531,17 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
         add_special_tokens: bool = True,
         tokenize: bool = True,
         chat_format: ConversationFormat | None = None,
+        image_processor: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Write or encode conversations; `add_special_tokens=False` leaves `[gMASK] <sop>` out, as published.
 
         Where a message has a picture (`{"role": "user", "image": ..., "content": ...}`, or a part of its content), what
-        is returned has `images`, float32 `[pictures, 3, image_size, image_size]`, for `model.generate`.
+        is returned has `images`, float32 `[pictures, 3, image_size, image_size]`, for `model.generate`. They are those
+        of `image_processor`, or of the published steps.
         """
         chat_format = self._known_format(chat_format)
         pictures = _pictures(conversation, chat_format)
-        if pictures and not tokenize:
-            raise ValueError(
-                "A conversation with a picture has ids, and no text that gives them: use `tokenize=True`."
-            )
         opening = "" if add_special_tokens else "".join(chat_format.opening_tokens)
         if not add_special_tokens:
             chat_format = replace(chat_format, opening_tokens=())
@@ -551,12 +549,13 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
             conversation, tools, documents, chat_template, tokenize=tokenize, chat_format=chat_format, **kwargs
         )
         if pictures and isinstance(written, MutableMapping):
-            # Here, because those who read text alone may not have Pillow.
-            from .image_processing_chatglm import ChatGLMImageProcessor
+            if image_processor is None:
+                # Here, because those who read text alone may not have Pillow.
+                from .image_processing_chatglm import ChatGLMImageProcessorPil
 
-            size = self.init_kwargs.get("image_size", ChatGLMImageProcessor.size["height"])
-            processor = ChatGLMImageProcessor(size={"height": size, "width": size})
-            written["images"] = processor(processor.fetch_images(pictures), return_tensors="pt")["pixel_values"]
+                size = self.init_kwargs.get("image_size", ChatGLMImageProcessorPil.size["height"])
+                image_processor = ChatGLMImageProcessorPil(size={"height": size, "width": size})
+            written["images"] = image_processor(pictures, return_tensors="pt")["pixel_values"]
         if isinstance(written, str):
             return written.removeprefix(opening)
         return written if tokenize else [text.removeprefix(opening) for text in written]

@@ -328,7 +328,7 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
             row["special_tokens_mask"] += [int(piece.segment.is_special)] * len(ids)
             if return_offsets_mapping:
                 row["offset_mapping"] += spans_in_rendered(text, piece, spans)
-        kept = self._kept_if_truncated(row["input_ids"], truncation, max_length)
+        kept = self.kept_if_truncated(row["input_ids"], truncation, max_length)
         return {key: [values[index] for index in kept] for key, values in row.items()}
 
     def apply_chat_template(
@@ -427,7 +427,7 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
             ids, mask = self.encode_conversation_with_mask(chat, add_generation_prompt, chat_format)
             if continue_final_message and chat_format.is_complete(chat):
                 ids.pop()
-            kept = self._kept_if_truncated(ids, truncation, max_length)
+            kept = self.kept_if_truncated(ids, truncation, max_length)
             columns["input_ids"].append([ids[index] for index in kept])
             columns["assistant_masks"].append([mask[index] for index in kept])
         if not return_assistant_tokens_mask:
@@ -441,13 +441,13 @@ class ConversationTokenizer(PreTrainedTokenizerBase):
             return_tensors=return_tensors,
         )
 
-    def _kept_if_truncated(self, ids: list[int], truncation: bool | str, max_length: int | None) -> list[int]:
+    def kept_if_truncated(self, ids: list[int], truncation: bool | str | None, max_length: int | None) -> list[int]:
+        """Which tokens of a conversation stay; the opening tokens always do."""
         if not truncation or truncation == "do_not_truncate":
             return list(range(len(ids)))
         return self._kept_positions(ids, self.model_max_length if max_length is None else max_length)
 
     def _kept_positions(self, ids: list[int], limit: int) -> list[int]:
-        """Which tokens stay when a conversation is truncated; the opening tokens always do."""
         if self.truncation_side == "right" or len(ids) <= limit:
             return list(range(len(ids)))[:limit]
         start = min(len(self.chat_format.opening_tokens), limit)

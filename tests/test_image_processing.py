@@ -34,7 +34,7 @@ def processing(source: Callable[[str], Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def processor(processing: Any) -> Any:
-    return processing.ChatGLMImageProcessor(size={"height": 32, "width": 32})
+    return processing.ChatGLMImageProcessorPil(size={"height": 32, "width": 32})
 
 
 @pytest.fixture(scope="module")
