@@ -147,7 +147,7 @@ class PictureReader:
             ValueError: for one that cannot be read, with its path.
         """
         size = {"height": self.image_size, "width": self.image_size}
-        processor = load_module("image_processing_chatglm").ChatGLMImageProcessor(size=size)
+        processor = load_module("image_processing_chatglm").ChatGLMImageProcessorPil(size=size)
         pixels = []
         for picture in pictures:
             try:
