@@ -88,7 +88,7 @@ def own_field_names() -> set[str]:
 class ChatGLMConfig(PreTrainedConfig):
     r"""
     model_version (`str`, *optional*):
-        `"chatglm"`, `"chatglm2"`, `"chatglm3"` or `"glm4"`; inferred by [`infer_model_version`] when absent.
+        `"chatglm"`, `"chatglm2"`, `"chatglm3"`, `"glm4"` or `"glm4v"`; inferred by [`infer_model_version`] when absent.
     head_dim (`int`, *optional*):
         Width of one attention head; `hidden_size // num_attention_heads` when absent.
     multi_query_attention (`bool`, *optional*):

@@ -247,6 +247,8 @@ GENERATION_FEATURES: dict[str, GenerationFeatures] = {
     ),
     "chatglm2": GenerationFeatures(repository_names=("chatglm2", "codegeex2"), scales_positions=True),
     "chatglm3": GenerationFeatures(repository_names=("chatglm3",)),
+    # Its decoder is GLM-4's. What its conversations do otherwise is in its `ConversationFormat`.
+    "glm4v": GenerationFeatures(own_keys=("vision_config",), repository_names=("glm-4v",), auto_map=VISION_AUTO_MAP),
     "glm4": GenerationFeatures(pads_with_end_token=True, repository_names=("glm-4", "glm4", "codegeex4")),
 }
 

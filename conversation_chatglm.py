@@ -36,8 +36,8 @@ import hashlib
 import json
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 from .conversation_calls import (
@@ -68,6 +68,7 @@ from .conversation_templates import (
     GLM4_TOKENS,
     GLM4_TOOLS_HEADING,
     GLM4_TOOLS_PROMPT,
+    GLM4V_TEMPLATE,
     PUBLISHED_TEMPLATES,
     TOOLS_PROMPT,
 )
@@ -404,6 +405,8 @@ class RoleFormat(ConversationFormat):
     Attributes:
         tools_prompt: the system text above tools that are offered without a system message.
         tools_heading: what follows the system text where tools are offered beside the messages.
+        has_tools_turn: whether tools have a system turn of their own, before that of the system message.
+        skips_empty_messages: whether a message without text and picture is left out.
         tools_text: writes the descriptions of tools behind the system text.
         builtin_tools: the names of the tools that are offered by their `type`, and called with plain text.
         unoffered_tools: the names of the tools that are called with plain text where nothing is offered.
@@ -412,6 +415,8 @@ class RoleFormat(ConversationFormat):
 
     tools_prompt: str = field(repr=False)
     tools_heading: str = ""
+    has_tools_turn: bool = False
+    skips_empty_messages: bool = False
     tools_text: Callable[[Any], str]
     builtin_tools: tuple[str, ...] = ()
     unoffered_tools: tuple[str, ...] = ()
@@ -424,13 +429,28 @@ class RoleFormat(ConversationFormat):
         messages = list(messages)
         if tools is None:
             return messages
-        system: Message = {"role": "system", "content": self.tools_prompt}
+        # CODEPATH: glm4v writes its prompt above the tools, wherever they are offered; chatglm3 and glm4 do here.
+        system: Message = {"role": "system", "content": "" if self.has_tools_turn else self.tools_prompt}
         if messages and messages[0]["role"] == "system":
             system = messages.pop(0)
             if "tools" in system:
                 raise ValueError("Tools were given twice: in the system message and as `tools`. Give them once.")
-        content = system["content"] + self.tools_heading
+        content = system["content"] + ("" if self.has_tools_turn else self.tools_heading)
         return [{**system, "content": content, "tools": normalize_tools(tools, "`tools`")}, *messages]
+
+    def is_complete(self, messages: Sequence[Message]) -> bool:
+        """See `ConversationFormat.is_complete`: of the messages that are written."""
+        return super().is_complete(list(self._turns(messages)))
+
+    def _turns(self, messages: Sequence[Message]) -> Iterator[Message]:
+        """The messages as they are written, one after the other."""
+        for message in messages:
+            # CODEPATH: glm4v; chatglm3 and glm4 write tools behind the text of the system message, and every message.
+            if self.has_tools_turn and message["role"] == "system" and "tools" in message:
+                yield {"role": "system", "content": self.tools_prompt + self.tools_heading, "tools": message["tools"]}
+                message = {key: value for key, value in message.items() if key != "tools"}
+            if not self.skips_empty_messages or message["content"] or "image" in message:
+                yield message
 
     def write_tool_call(self, name: str, arguments: Mapping[str, Any] | str) -> Message:
         """See `ConversationFormat.write_tool_call`; a tool that is called with plain text takes it as it is."""
@@ -444,7 +464,7 @@ class RoleFormat(ConversationFormat):
         """See `ConversationFormat.segments`: a role token, metadata with a newline, and content for each message."""
         segments = []
         was_answer = False
-        for message in messages:
+        for message in self._turns(messages):
             content = message["content"]
             if message["role"] == "system" and "tools" in message:
                 content += self.tools_text(message["tools"])
@@ -547,6 +567,25 @@ def _pairs(messages: Sequence[Message]) -> list[tuple[Message, Message | None]]:
     return list(zip(messages[::2], answers))
 
 
+GLM4 = RoleFormat(
+    name="glm4",
+    opening_tokens=("[gMASK]", "<sop>"),
+    stop_tokens=("<|endoftext|>", "<|user|>", "<|observation|>"),
+    closing_token="<|user|>",
+    marked_tokens=GLM4_TOKENS,
+    # glm-4-9b has the tokens, and its network refuses the picture.
+    picture_tokens=GLM4_PICTURE_TOKENS,
+    chat_template=GLM4_TEMPLATE,
+    response_template=GLM4_RESPONSE_TEMPLATE,
+    chat_defaults={"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
+    tools_prompt=GLM4_TOOLS_PROMPT,
+    tools_heading=GLM4_TOOLS_HEADING,
+    tools_text=tools_as_sections,
+    builtin_tools=tuple(GLM4_BUILTIN_TOOLS),
+    call_text=call_as_json,
+)
+
+
 # The formats by name. Another generation is one more entry.
 CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
     chat_format.name: chat_format
@@ -602,22 +641,14 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
             unoffered_tools=("interpreter",),
             call_text=call_as_python,
         ),
-        RoleFormat(
-            name="glm4",
-            opening_tokens=("[gMASK]", "<sop>"),
-            stop_tokens=("<|endoftext|>", "<|user|>", "<|observation|>"),
-            closing_token="<|user|>",
-            marked_tokens=GLM4_TOKENS,
-            # CODEPATH: glm-4v-9b; glm-4-9b has the tokens, and its network refuses the picture.
-            picture_tokens=GLM4_PICTURE_TOKENS,
-            chat_template=GLM4_TEMPLATE,
-            response_template=GLM4_RESPONSE_TEMPLATE,
-            chat_defaults={"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
-            tools_prompt=GLM4_TOOLS_PROMPT,
-            tools_heading=GLM4_TOOLS_HEADING,
-            tools_text=tools_as_sections,
-            builtin_tools=tuple(GLM4_BUILTIN_TOOLS),
-            call_text=call_as_json,
+        GLM4,
+        replace(
+            GLM4,
+            name="glm4v",
+            chat_template=GLM4V_TEMPLATE,
+            tools_heading="",
+            has_tools_turn=True,
+            skips_empty_messages=True,
         ),
     )
 }

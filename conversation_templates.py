@@ -256,7 +256,8 @@ CHATGLM3_TEMPLATE = (
 {%- endif %}"""
 )
 
-GLM4_TEMPLATE = (
+# How the templates of GLM-4 and GLM-4V begin, what they know of each message, and how they write its calls.
+GLM4_HEAD = (
     plain_macro(GLM4_TOKENS)
     + METADATA_MACRO
     + """[gMASK]<sop>
@@ -277,12 +278,10 @@ GLM4_TEMPLATE = (
         {%- endif %}
     {%- endfor %}
 {%- endmacro %}
-{%- if tools and messages[0]['role'] != 'system' %}
-    {{- '<|system|>\\n"""
-    + (GLM4_TOOLS_PROMPT + GLM4_TOOLS_HEADING).replace("\n", "\\n")
-    + """' + sections(tools) }}
-{%- endif %}
-{%- for message in messages %}
+"""
+)
+GLM4_MESSAGE = (
+    """
     {%- set role = 'observation' if message['role'] == 'tool' else message['role'] %}
     {%- set metadata = heading(message['metadata'] or '') %}
     {%- set picture = '"""
@@ -291,6 +290,31 @@ GLM4_TEMPLATE = (
     {%- set content = picture + plain(message['content'] or '') %}
     {%- if role not in ['system', 'user', 'assistant', 'observation'] %}
         {{- raise_exception('Unknown role ' ~ role) }}
+"""
+)
+GLM4_CALLS = """
+        {%- for call in message['tool_calls'] or [] %}
+            {%- set function = call['function'] or call %}
+            {%- set arguments = function['arguments'] %}
+            {{- '<|assistant|>' }}
+            {%- generation %}
+                {{- heading(function['name']) + '\\n' + plain(arguments if arguments is string else arguments | tojson) }}
+            {%- endgeneration %}
+        {%- endfor %}
+"""
+
+GLM4_TEMPLATE = (
+    GLM4_HEAD
+    + """
+{%- if tools and messages[0]['role'] != 'system' %}
+    {{- '<|system|>\\n"""
+    + (GLM4_TOOLS_PROMPT + GLM4_TOOLS_HEADING).replace("\n", "\\n")
+    + """' + sections(tools) }}
+{%- endif %}
+{%- for message in messages %}
+"""
+    + GLM4_MESSAGE
+    + """
     {%- elif role != 'assistant' %}
         {{- '<|' + role + '|>' + metadata + '\\n' + content }}
         {%- if role == 'system' and message['tools'] is defined %}
@@ -305,19 +329,63 @@ GLM4_TEMPLATE = (
             {{- '<|assistant|>' }}
             {%- generation %}{{ metadata + '\\n' + content }}{% endgeneration %}
         {%- endif %}
-        {%- for call in message['tool_calls'] or [] %}
-            {%- set function = call['function'] or call %}
-            {%- set arguments = function['arguments'] %}
-            {{- '<|assistant|>' }}
-            {%- generation %}
-                {{- heading(function['name']) + '\\n' + plain(arguments if arguments is string else arguments | tojson) }}
-            {%- endgeneration %}
-        {%- endfor %}
+"""
+    + GLM4_CALLS
+    + """
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|assistant|>' }}
 {%- elif messages[-1]['role'] == 'assistant' and (tools or messages | rejectattr('role', 'equalto', 'assistant') | list) %}
+    {%- generation %}{{ '<|user|>' }}{% endgeneration %}
+{%- endif %}"""
+)
+
+# Tools have a turn of their own here, without a heading, and a message without text and picture is left out.
+GLM4V_TEMPLATE = (
+    GLM4_HEAD
+    + """
+{%- macro tools_turn(offered) %}
+    {{- '<|system|>\\n"""
+    + GLM4_TOOLS_PROMPT.replace("\n", "\\n")
+    + """' + sections(offered) }}
+{%- endmacro %}
+{%- set written = namespace(last='', has_others=false) %}
+{%- if tools %}
+    {{- tools_turn(tools) }}
+    {%- set written.has_others = true %}
+{%- endif %}
+{%- for message in messages %}
+"""
+    + GLM4_MESSAGE
+    + """
+    {%- elif role != 'assistant' %}
+        {%- if role == 'system' and message['tools'] is defined %}
+            {{- tools_turn(message['tools']) }}
+            {%- set written.last = role %}
+            {%- set written.has_others = true %}
+        {%- endif %}
+        {%- if content %}
+            {{- '<|' + role + '|>' + metadata + '\\n' + content }}
+            {%- set written.last = role %}
+            {%- set written.has_others = true %}
+        {%- endif %}
+    {%- else %}
+        {%- if content %}
+            {{- '<|assistant|>' }}
+            {%- generation %}{{ metadata + '\\n' + content }}{% endgeneration %}
+        {%- endif %}
+        {%- if content or message['tool_calls'] %}
+            {%- set written.last = role %}
+        {%- endif %}
+"""
+    + GLM4_CALLS
+    + """
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' }}
+{%- elif written.last == 'assistant' and written.has_others %}
     {%- generation %}{{ '<|user|>' }}{% endgeneration %}
 {%- endif %}"""
 )
@@ -397,6 +465,7 @@ __all__ = [
     "GLM4_PICTURE_TOKENS",
     "GLM4_RESPONSE_TEMPLATE",
     "GLM4_TEMPLATE",
+    "GLM4V_TEMPLATE",
     "GLM4_TOKENS",
     "GLM4_TOOLS_HEADING",
     "GLM4_TOOLS_PROMPT",

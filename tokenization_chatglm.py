@@ -77,6 +77,18 @@ SENTENCEPIECE_TOKENS: dict[str, Any] = {
     "command_aliases": {"<bos>": "<s>", "<eos>": "</s>", "<pad>": "<unk>"},
 }
 
+GLM4_VOCABULARY = Vocabulary(
+    control_tokens=(
+        "<|endoftext|>",
+        *("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
+        *ROLE_TOKENS,
+        *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
+    ),
+    named_tokens={"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+    pair_token="<|endoftext|>",
+    trainer_tokens=ROLE_TOKENS,
+)
+
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 
@@ -111,7 +123,8 @@ class ChatGLMTokenizersBackend(PublishedCalls, PlainTextsInRust, TokenizersBacke
                 f"{kwargs.get('name_or_path') or 'The folder'} holds no `tokenizer.model`. Copy it from the published "
                 "checkpoint; the tokenizer is made from it."
             )
-        self.chat_format = self._find_format(kwargs.get("model_version"), source)
+        told = [name for name, vocabulary in self.vocabularies.items() if vocabulary.own_setting in kwargs]
+        self.chat_format = self._find_format(kwargs.get("model_version") or next(iter(told), None), source)
         kwargs["model_version"] = self.chat_format.name
         self._encode_special_tokens = encode_special_tokens
         self.forget_derived_state()
@@ -477,7 +490,7 @@ class ChatGLMTokenizer(ChatGLMTokenizersBackend):
 
 class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
     """
-    Tokenizer of GLM-4-9B, with the ids of the published one.
+    Tokenizer of GLM-4-9B and GLM-4V-9B, with the ids of the published one.
 
     Args:
         vocab_file (`str`, *optional*):
@@ -493,17 +506,8 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
     """
 
     vocabularies: Mapping[str, Vocabulary] = {
-        "glm4": Vocabulary(
-            control_tokens=(
-                "<|endoftext|>",
-                *("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
-                *ROLE_TOKENS,
-                *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
-            ),
-            named_tokens={"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
-            pair_token="<|endoftext|>",
-            trainer_tokens=ROLE_TOKENS,
-        )
+        "glm4v": replace(GLM4_VOCABULARY, own_setting="image_size"),
+        "glm4": GLM4_VOCABULARY,
     }
 
     @property

@@ -62,6 +62,7 @@ class Vocabulary:
         silent_tokens: what gives no text when it is decoded, even where special tokens are not skipped.
         trainer_tokens: the control tokens that `encode_special_tokens=True` reads in a text.
         command_aliases: further names that `get_command` knows.
+        own_setting: what the published tokenizer_config.json has in this generation alone, among those of its kind.
     """
 
     control_tokens: tuple[str, ...]
@@ -70,6 +71,7 @@ class Vocabulary:
     silent_tokens: tuple[str, ...] = ()
     trainer_tokens: tuple[str, ...] = ()
     command_aliases: Mapping[str, str] = field(default_factory=dict)
+    own_setting: str | None = None
 
 
 def list_merges(tokens: Iterable[str], known: Container[str]) -> list[tuple[str, str]]:

@@ -52,7 +52,7 @@ class Checkpoint:
 
     @property
     def tokenizer_class(self) -> str:
-        names = {"glm4": "ChatGLM4Tokenizer", "glm": "GLMGPT2Tokenizer"}
+        names = {"glm4": "ChatGLM4Tokenizer", "glm4v": "ChatGLM4Tokenizer", "glm": "GLMGPT2Tokenizer"}
         if (self.folder / "cog-pretrain.model").is_file():
             return "GLMChineseTokenizer"
         return names.get(self.generation, "ChatGLMTokenizer")

@@ -215,7 +215,7 @@ def test_models_with_other_eyes_are_refused(config_class: Any, reference_dir: Pa
 
 def test_the_published_file_of_glm_4v(config_class: Any, reference_dir: Path, tmp_path: Path) -> None:
     config = config_class.from_pretrained(reference_dir / "glm4v")
-    assert (config.model_version, config.boi_token_id, config.eoi_token_id) == ("glm4", 490, 491)
+    assert (config.model_version, config.boi_token_id, config.eoi_token_id) == ("glm4v", 490, 491)
     assert config.vision_config == published(reference_dir, "glm4v")["vision_config"]
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))

@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, BatchEncoding, PreTrainedModel
+from transformers.utils.chat_template_utils import render_jinja_template
 
 
 pytestmark = pytest.mark.floor
@@ -295,8 +296,7 @@ def with_pictures(recorded: Any, messages: list[dict[str, Any]]) -> list[dict[st
 def test_conversations_have_the_recorded_ids(case_tokenizer: Named, recorded: Any) -> None:
     tokenizer = case_tokenizer("glm4v")
     for conversation in recorded.expected["conversations"]:
-        # As GLM-4's: a message without text is written, and so are tools.
-        if conversation["name"] in ("empty_message_is_skipped", "tools", "tools_and_system_text", "two_images"):
+        if "error" in conversation:
             continue
         messages = with_pictures(recorded, conversation["messages"])
         encoded = tokenizer.apply_chat_template(
@@ -307,6 +307,23 @@ def test_conversations_have_the_recorded_ids(case_tokenizer: Named, recorded: An
         assert ("images" in encoded) == conversation["has_images"]
         if conversation["has_images"]:
             assert encoded["images"].equal(torch.stack(pixels(recorded, conversation["messages"])))
+
+
+def test_tools_beside_the_messages(case_tokenizer: Named, recorded: Any) -> None:
+    """They are the tools of the system message, by the ids and by the template alone."""
+    tokenizer = case_tokenizer("glm4v")
+    (conversation,) = [item for item in recorded.expected["conversations"] if item["name"] == "tools_and_system_text"]
+    (system, user), options = conversation["messages"], conversation["arguments"]
+    tools = system["tools"]
+    chat = [{"role": "system", "content": system["content"]}, user, {"role": "user", "content": ""}]
+    assert tokenizer.apply_chat_template(chat, tools, **options)["input_ids"] == conversation["input_ids"]
+    (rendered,), _ = render_jinja_template([chat], tools=tools, chat_template=tokenizer.chat_template, **options)
+    assert rendered == conversation["published_text_rendering"]
+    assert tokenizer.apply_chat_template([user], tools, tokenize=False).endswith("调用的参数。<|user|>\n天气")
+    # What is left out is no answer that would have to be closed.
+    chat = [user, {"role": "assistant", "content": ""}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "[gMASK]<sop><|user|>\n天气"
+    assert tokenizer.apply_chat_template(chat)["input_ids"] == tokenizer.apply_chat_template([user])["input_ids"]
 
 
 def test_the_published_call(model: PreTrainedModel, case_tokenizer: Named, recorded: Any) -> None:

@@ -130,7 +130,7 @@ def long_functions(source: str) -> Iterator[str]:
 def is_about_one_generation(comparison: ast.AST) -> bool:
     """Whether a generation is named in a comparison. "chatglm" is also the model type of all of them."""
     constants = {node.value for node in ast.walk(comparison) if isinstance(node, ast.Constant)}
-    names = ("chatglm", "chatglm2", "chatglm3", "glm4", "glm", "glm130b")
+    names = ("chatglm", "chatglm2", "chatglm3", "glm4", "glm4v", "glm", "glm130b")
     return bool(constants.intersection(names[1:] if "model_type" in ast.unparse(comparison) else names))
 
 

@@ -380,7 +380,7 @@ def test_files_that_are_no_vocabulary_are_named(
         file.write_bytes(content)
         with pytest.raises(ValueError, match=f"{file} is not a complete list"):
             tokenizer_class.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"tokenizer.model is a vocabulary of glm4, but .* says 'chatglm3'"):
+    with pytest.raises(ValueError, match=r"tokenizer.model is a vocabulary of glm4v or glm4, but .* says 'chatglm3'"):
         tokenizer_class.from_pretrained(reference_dir / "glm4", model_version="chatglm3")
     with pytest.raises(ValueError, match="is not the SentencePiece model"):
         source("tokenization_chatglm").ChatGLMTokenizer.from_pretrained(
