@@ -29,6 +29,8 @@ from pathlib import Path
 from arguments import add_server_arguments
 
 
+# Bytes of a body that may hold a picture.
+PICTURE_BODY = 16 << 20
 EPILOG = "Keys may also stand in $CHATGLM_API_KEYS, one behind the other with commas."
 
 
@@ -51,7 +53,13 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--max-requests", type=int, default=64, help="at once, waiting ones included (%(default)s)")
     parser.add_argument("--max-prompt", type=int, help="tokens of a prompt (default: what the model takes)")
-    parser.add_argument("--max-body", type=int, default=1 << 20, help="bytes of a body (%(default)s)")
+    parser.add_argument("--max-body", type=int, help="bytes of a body (1 MiB; 16 MiB for a model that sees)")
+    parser.add_argument(
+        "--allowed-local-media-path",
+        type=Path,
+        metavar="FOLDER",
+        help="let requests name pictures in this folder, as file:///FOLDER/picture.png (default: none)",
+    )
     parser.add_argument("--max-seconds", type=float, default=600, help="an answer may take (%(default)s)")
     parser.add_argument(
         "--cache-tokens", type=int, default=32768, help="tokens of all running requests together (%(default)s)"
@@ -85,6 +93,12 @@ def check_limits(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be a number above 0, not {value}")
 
 
+def check_media_folder(folder: Path | None) -> Path | None:
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--allowed-local-media-path: there is no folder {folder}")
+    return folder
+
+
 def main() -> int:
     arguments = read_arguments()
     try:
@@ -113,13 +127,20 @@ def main() -> int:
             adapters=read_adapters(arguments.adapter),
             cache_tokens=arguments.cache_tokens,
         )
+        media_folder = check_media_folder(arguments.allowed_local_media_path)
+        models = load_models(
+            settings,
+            metrics,
+            longest_prompt=arguments.max_prompt,
+            seconds=arguments.max_seconds,
+            media_folder=media_folder,
+        )
         limits = Limits(
             requests=arguments.max_requests,
-            body_bytes=arguments.max_body,
+            body_bytes=arguments.max_body or (PICTURE_BODY if models.default.sees else Limits.body_bytes),
             prompt_tokens=arguments.max_prompt,
             seconds=arguments.max_seconds,
         )
-        models = load_models(settings, metrics, longest_prompt=limits.prompt_tokens, seconds=limits.seconds)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

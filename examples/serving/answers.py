@@ -20,6 +20,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
@@ -118,6 +119,7 @@ class AnswerStream:
         stop_ids: the tokens that end an answer.
         read: turns a piece of text, or `None` at the end, into items; see `reading.py`.
         on_token: called with the number of tokens so far after each.
+        images: the pixels of the prompt's picture, if it has one.
     """
 
     def __init__(
@@ -128,8 +130,10 @@ class AnswerStream:
         stop_ids: Iterable[int],
         read: Callable[[str | None], list[Any]] | None = None,
         on_token: Callable[[int], None] = lambda total: None,
+        images: torch.Tensor | None = None,
     ) -> None:
         self.prompt_ids, self.settings, self.stop_ids = prompt_ids, settings, frozenset(stop_ids)
+        self.images = images
         self.queue: asyncio.Queue[Any] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
         self.total_tokens = 0

@@ -16,10 +16,13 @@
 - `BatchingEngine`, for the causal generations: the library's continuous batching, with a paged cache for all requests.
 - `QueueEngine`, for ChatGLM-6B, whose context is bidirectional, and for a P-tuning prefix, which every conversation
   begins with: `generate`, one request at a time.
+- `SeeingEngine`, for GLM-4V: continuous batching, which takes ids alone, for texts, and a queue for pictures.
 
 A thread of the engine generates. `start` is called in the event loop, and an answer gets its tokens there.
 """
 
+import copy
+import itertools
 import logging
 import queue
 import threading
@@ -211,8 +214,10 @@ class QueueEngine:
         def is_unwanted(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             return torch.full((len(input_ids),), answer.is_done, dtype=torch.bool, device=input_ids.device)
 
+        pictures = {} if answer.images is None else {"images": answer.images}
         self.model.generate(
             torch.tensor([answer.prompt_ids], device=self.model.device),
+            **pictures,
             max_new_tokens=settings.max_new_tokens,
             eos_token_id=sorted(answer.stop_ids),
             streamer=TokenCallback(answer),
@@ -221,9 +226,43 @@ class QueueEngine:
         )
 
 
+class SeeingEngine:
+    """Texts in a batch, and pictures one after the other, on the same weights."""
+
+    def __init__(self, model: PreTrainedModel, cache_tokens: int) -> None:
+        # Before continuous batching gives the model attention of its own.
+        self.pictures = QueueEngine(with_same_weights(model))
+        self.texts = BatchingEngine(model, cache_tokens)
+
+    @property
+    def max_tokens(self) -> int:
+        return self.texts.max_tokens
+
+    def start(self, answer: AnswerStream) -> None:
+        """See `Engine.start`."""
+        engine: Engine = self.texts if answer.images is None else self.pictures
+        engine.start(answer)
+
+    def stop(self) -> None:
+        """See `Engine.stop`."""
+        self.texts.stop()
+        self.pictures.stop()
+
+
+def with_same_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A model with modules and a configuration of its own around the same tensors."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
 def engine_for(model: PreTrainedModel, cache_tokens: int) -> Engine:
     """The engine that can serve a model."""
     # CODEPATH: chatglm-6b and checkpoints with a P-tuning prefix; chatglm2, chatglm3 and glm4 take the other.
     if model.config.prefix_lm or model.config.pre_seq_len is not None:
         return QueueEngine(model)
-    return BatchingEngine(model, cache_tokens)
+    # CODEPATH: glm-4v-9b; chatglm2, chatglm3 and glm-4-9b read text alone.
+    return (
+        BatchingEngine(model, cache_tokens)
+        if model.config.vision_config is None
+        else SeeingEngine(model, cache_tokens)
+    )

@@ -17,19 +17,18 @@ The folder is served by its name, an adapter by `folder:adapter`. Adapters share
 own modules around the same tensors, so requests to several of them may run at the same time.
 """
 
-import copy
-import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from local_code import check_model_type, load_tokenizer, pick_device, pick_dtype, register
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .answers import AnswerStream, Settings
-from .engines import Engine, engine_for
+from .engines import Engine, engine_for, with_same_weights
 from .errors import RequestError
 from .metrics import Metrics
 
@@ -42,6 +41,7 @@ class ServedModel:
         name: what requests call it.
         longest_prompt: tokens of a prompt at most, if that is less than the model takes.
         seconds: how long an answer may take.
+        media_folder: whose files may be named as pictures; none if there is none.
     """
 
     name: str
@@ -51,7 +51,13 @@ class ServedModel:
     metrics: Metrics
     longest_prompt: int | None = None
     seconds: float = 600.0
+    media_folder: Path | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def sees(self) -> bool:
+        """Whether messages may have pictures."""
+        return self.model.config.vision_config is not None
 
     @property
     def default_sampling(self) -> dict[str, float]:
@@ -80,7 +86,11 @@ class ServedModel:
         return self.engine.max_tokens - len(prompt_ids)
 
     def start(
-        self, prompt_ids: list[int], settings: Settings, read: Callable[[str | None], list[Any]] | None = None
+        self,
+        prompt_ids: list[int],
+        settings: Settings,
+        read: Callable[[str | None], list[Any]] | None = None,
+        images: torch.Tensor | None = None,
     ) -> AnswerStream:
         """Begin an answer; in the event loop. See `AnswerStream`."""
         metrics = self.metrics
@@ -95,7 +105,7 @@ class ServedModel:
                 metrics.first_token.labels(self.name).observe(time.perf_counter() - answer.started)
 
         stop_ids = self.tokenizer.stop_token_ids(self.model.chat_format)
-        answer = AnswerStream(prompt_ids, settings, self.tokenizer, stop_ids, read, count)
+        answer = AnswerStream(prompt_ids, settings, self.tokenizer, stop_ids, read, count, images)
         limit = RequestError(f"The answer took longer than {self.seconds:g} seconds.", status=504, code="timeout")
         timer = answer.loop.call_later(self.seconds, answer.fail, limit)
 
@@ -156,7 +166,7 @@ def load_models(settings: LoadSettings, metrics: Metrics, **limits: Any) -> Mode
     """Load a checkpoint folder with this repository's code, and its adapters; nothing in the folders is run.
 
     Args:
-        limits: `longest_prompt` and `seconds` of each `ServedModel`.
+        limits: `longest_prompt`, `seconds` and `media_folder` of each `ServedModel`.
 
     Raises:
         ValueError, OSError: if a folder is not what it should be.
@@ -195,6 +205,4 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     if PeftConfig.from_pretrained(folder).is_prompt_learning:
         raise ValueError(f"{folder} holds a soft prompt of PEFT, which cannot be served; LoRA and its relatives can.")
-    tensors = itertools.chain(base.parameters(), base.buffers())
-    twin = copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
-    return PeftModel.from_pretrained(twin, folder).get_base_model()
+    return PeftModel.from_pretrained(with_same_weights(base), folder).get_base_model()

@@ -20,7 +20,6 @@ answers a long prompt with status 500.
 """
 
 import asyncio
-import functools
 import inspect
 import json
 import time
@@ -46,6 +45,7 @@ from transformers.cli.serving.utils import GenerationState
 from .answers import AnswerResponse, AnswerStream
 from .errors import RequestError, error_body
 from .models import Models, ServedModel
+from .pictures import encode_chat
 from .reading import Call, reader_for
 from .requests import (
     CHAT_FIELDS,
@@ -129,25 +129,19 @@ class ChatHandler(Handler, ChatCompletionHandler):
             raise RequestError("'messages' must be a list of at least one message.", "messages")
         # Not to be called is not to be offered.
         offered = None if body.get("tool_choice") == "none" else tools
-        encode = functools.partial(
-            served.tokenizer.apply_chat_template,
-            chat_format=served.model.chat_format,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
         messages = [
             {**message, "role": "system"} if message.get("role") == "developer" else message for message in messages
         ]
         try:
             if offered is not None and not isinstance(offered, list):
                 raise TypeError("`tools` must be a list")
-            prompt_ids = await asyncio.to_thread(encode, messages, tools=offered)
+            prompt_ids, images = await asyncio.to_thread(encode_chat, served, messages, offered)
         except (TypeError, ValueError, RecursionError, TemplateError) as error:
             raise RequestError(str(error), "tools" if "tools" in str(error) else "messages") from None
         room = served.room_for(prompt_ids, "messages")
         settings = read_settings(body, served, room, ("max_completion_tokens", "max_tokens"))
         has_tools = bool(offered) or any("tools" in message for message in messages)
-        return served.start(prompt_ids, settings, reader_for(served.model.chat_format, has_tools))
+        return served.start(prompt_ids, settings, reader_for(served.model.chat_format, has_tools), images)
 
     def _result(self, name: str, served: ServedModel, answer: AnswerStream, items: list[Any]) -> dict[str, Any]:
         calls = [

@@ -57,7 +57,7 @@ LABELS = ("metadata", "prompt_cache_key", "safety_identifier", "user")
 SHARED_FIELDS = ("model", "max_tokens", "temperature", "top_p", "stop", "stream", "stream_options", "seed")
 CHAT_FIELDS = ("messages", "tools", "max_completion_tokens", *SHARED_FIELDS)
 COMPLETION_FIELDS = ("prompt", *SHARED_FIELDS)
-TUTORIAL_FIELDS = ("prompt", "history", "max_length", "top_p", "temperature")
+TUTORIAL_FIELDS = ("prompt", "image", "history", "max_length", "top_p", "temperature")
 
 # The tutorials' own.
 TUTORIAL_MAX_LENGTH = 2048

@@ -14,7 +14,8 @@
 """The POST API of the tutorials: `POST /` with a prompt and a history, and `POST /stream` for the same in pieces.
 
 A history is what the answer before returned: pairs for ChatGLM-6B and ChatGLM2, dicts for ChatGLM3 and GLM-4; either is
-understood. An answer is read as `chat` reads it, so a tool call is an object.
+understood. An answer is read as `chat` reads it, so a tool call is an object. GLM-4V takes an `image`, a data address,
+which stays in the history.
 """
 
 import asyncio
@@ -27,6 +28,7 @@ from fastapi import APIRouter
 from .answers import AnswerResponse, AnswerStream
 from .errors import RequestError, error_body, now
 from .models import Models, ServedModel
+from .pictures import encode_chat
 from .requests import TUTORIAL_FIELDS, check_fields, read_tutorial_settings
 
 
@@ -48,17 +50,22 @@ class Conversation:
         if not isinstance(prompt, str):
             raise RequestError(f"'prompt' must be a text, not {prompt!r:.100}.", "prompt")
         chat_format = served.model.chat_format
+        question = {"role": "user", "content": prompt, "image": body.get("image")}
         try:
             messages = chat_format.normalize_messages(history)
-            messages += chat_format.normalize_messages([{"role": "user", "content": prompt}])
-            prompt_ids = await asyncio.to_thread(
-                served.tokenizer.encode_conversation, messages, chat_format=chat_format
-            )
+            messages += chat_format.normalize_messages([question])
+            images = None
+            if any("image" in message for message in messages):
+                prompt_ids, images = await asyncio.to_thread(encode_chat, served, messages)
+            else:
+                prompt_ids = await asyncio.to_thread(
+                    served.tokenizer.encode_conversation, messages, chat_format=chat_format
+                )
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(str(error), "history") from None
         room = served.room_for(prompt_ids, "prompt")
         settings = read_tutorial_settings(body, served, len(prompt_ids), room)
-        return cls(served, messages, served.start(prompt_ids, settings))
+        return cls(served, messages, served.start(prompt_ids, settings, images=images))
 
     def result(self, text: str) -> dict[str, Any]:
         """What the tutorials return, for the text so far."""
