@@ -157,7 +157,7 @@ def accuracy(
         )
         outputs = model.generate(**inputs, max_new_tokens=32)
         for (drawing, kind), ids in zip(some, outputs[:, inputs["input_ids"].shape[1] :]):
-            is_right = tokenizer.decode(ids).strip() == drawing.answer(kind)
+            is_right = tokenizer.decode(ids, skip_special_tokens=True).strip() == drawing.answer(kind)
             right.setdefault(kind[0], []).append(is_right)
     return {name: sum(marks) / len(marks) for name, marks in right.items()}
 
