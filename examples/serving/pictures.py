@@ -139,16 +139,12 @@ def open_picture(address: str, media_folder: Path | None = None) -> Any:
     processing = load_module("image_processing_chatglm")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > processing.MOST_PIXELS:
-                raise RequestError(
-                    f"The picture has {width} × {height} pixels, more than {processing.MOST_PIXELS:,}.", "messages"
-                )
+            processing.check_size(image)
             return processing.as_rgb(ImageOps.exif_transpose(image))
-    # What Pillow raises for a broken file depends on the format.
-    except (OSError, ValueError, SyntaxError, EOFError, LookupError, Image.DecompressionBombError) as error:
+    except processing.DECODING_ERRORS as error:
         kinds = ", ".join(FORMATS)
-        raise RequestError(f"The picture cannot be read: {error!s:.200}. It may be {kinds}.", "messages") from None
+        message = f"The picture cannot be read: {error!s:.200}. It may be {kinds}."
+        raise RequestError(message, "messages") from None
 
 
 def read_local(address: str, media_folder: Path | None) -> bytes:
