@@ -25,6 +25,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from arguments import add_server_arguments
 
@@ -91,18 +92,15 @@ def check_limits(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be a number above 0, not {value}")
-
-
-def check_media_folder(folder: Path | None) -> Path | None:
+    folder = arguments.allowed_local_media_path
     if folder is not None and not folder.is_dir():
         raise ValueError(f"--allowed-local-media-path: there is no folder {folder}")
-    return folder
 
 
 def main() -> int:
     arguments = read_arguments()
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
         from serving.app import build_app
         from serving.guard import Limits
         from serving.metrics import Metrics
@@ -127,13 +125,12 @@ def main() -> int:
             adapters=read_adapters(arguments.adapter),
             cache_tokens=arguments.cache_tokens,
         )
-        media_folder = check_media_folder(arguments.allowed_local_media_path)
         models = load_models(
             settings,
             metrics,
             longest_prompt=arguments.max_prompt,
             seconds=arguments.max_seconds,
-            media_folder=media_folder,
+            media_folder=arguments.allowed_local_media_path,
         )
         limits = Limits(
             requests=arguments.max_requests,
@@ -144,20 +141,26 @@ def main() -> int:
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    app = build_app(models, metrics, limits, keys)
-    print(f"serving {', '.join(models.by_name)} on http://{arguments.host}:{arguments.port}", flush=True)
     try:
-        # Its SIGTERM and SIGINT let running answers finish. The path of a request is in no log: neither is its text.
-        uvicorn.run(
-            app,
-            host=arguments.host,
-            port=arguments.port,
-            log_level="warning",
-            timeout_graceful_shutdown=math.ceil(limits.seconds),
-        )
+        serve(build_app(models, metrics, limits, keys), arguments, ", ".join(models.by_name))
     finally:
         models.stop()
     return 0
+
+
+def serve(app: Any, arguments: argparse.Namespace, names: str) -> None:
+    """Answer until a signal ends the process."""
+    import uvicorn  # As in `main`.
+
+    print(f"serving {names} on http://{arguments.host}:{arguments.port}", flush=True)
+    # Its SIGTERM and SIGINT let running answers finish. The path of a request is in no log: neither is its text.
+    uvicorn.run(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        log_level="warning",
+        timeout_graceful_shutdown=math.ceil(arguments.max_seconds),
+    )
 
 
 if __name__ == "__main__":
