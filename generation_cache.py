@@ -87,14 +87,17 @@ def describe_state(model: nn.Module, device_type: str) -> str | None:
 class ConversationCache(DynamicCache):
     """A cache that knows its tokens and the state of the model that computed them.
 
-    `token_ids` are its first tokens; it may hold more. Copies and pickles of it work.
+    `token_ids` are its first tokens; it may hold more. In the places of a picture they are not ids, but a name that tells
+    it from other pictures. Copies and pickles of it work.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.layers: list[Any]
-        self.token_ids: list[int] = []
+        self.token_ids: list[Any] = []
         self.model_state: str | None = None
+        # How many more places than positions a picture takes, for those who continue the cache by hand.
+        self.picture_surplus: torch.Tensor | None = None
         # A prefix of P-tuning v2, which comes before all tokens.
         self.prefix_length = 0
         self.lock = threading.Lock()
@@ -119,7 +122,7 @@ class ConversationCache(DynamicCache):
         super().crop(tokens_to_remove)
         self.token_ids = self.token_ids[: self.get_num_tokens()]
 
-    def keep_common_prefix(self, token_ids: list[int]) -> None:
+    def keep_common_prefix(self, token_ids: list[Any]) -> None:
         """Drop everything from the first token on that differs from `token_ids`, and always the last one of them."""
         pairs = zip(self.token_ids[: self.get_num_tokens()], token_ids[:-1])
         length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -131,7 +134,7 @@ class ConversationCache(DynamicCache):
             layer.values = layer.values[..., : self.prefix_length + length, :]
 
     @contextmanager
-    def turn(self, model: Any, token_ids: list[int], is_continued: bool) -> Iterator[None]:
+    def turn(self, model: Any, token_ids: list[Any], is_continued: bool) -> Iterator[None]:
         """Keep what applies to the prompt `token_ids`, and let nobody else write until the answer is there.
 
         Raises:
@@ -150,7 +153,7 @@ class ConversationCache(DynamicCache):
                 self.prefix_length = model.config.pre_seq_len or 0
                 self.model_state = model_state
             self.keep_common_prefix(token_ids if is_continued else [])
-            self.token_ids = token_ids
+            self.token_ids, self.picture_surplus = token_ids, None
             yield
         finally:
             self.lock.release()

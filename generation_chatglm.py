@@ -17,21 +17,16 @@ What is unusual here:
 
 - The whole conversation is encoded anew in every turn. Of a cache from an earlier turn, what is common with the new
   prompt is used: a reused cache never changes an answer.
-- Streaming runs `generate` in a thread that hands over the tokens as they come. Closing the iterator stops the thread,
-  and so does the end of the program.
 - Only stop tokens are removed from an answer, so one that was cut off by `max_length` is returned whole.
 - Arguments by position come in the order of the generation's published methods (`ConversationFormat.chat_arguments`).
 - PEFT keeps a soft prompt (prompt tuning, prefix tuning, P-tuning) outside of the model. `chat` and its relatives are
   therefore given to PEFT's model too, where they generate with the soft prompt.
 """
 
-import atexit
 import copy
 import operator
-import queue
-import threading
-from collections.abc import Callable, Generator
-from contextlib import closing, nullcontext, suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,13 +36,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import BatchEncoding, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import (
-    BaseStreamer,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-    TopPLogitsWarper,
-)
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, TopPLogitsWarper
 
 from .conversation_chatglm import ConversationFormat, conversation_format
 from .generation_cache import ConversationCache
@@ -57,12 +46,15 @@ from .generation_published import (
     takes_published_order,
     unpack_encoding,
 )
+from .generation_streaming import stream_ids
 
 
 # Tokens that a static cache has room for at least.
 LEAST_STATIC_LENGTH = 512
 
 History = list[tuple[str, str]] | list[dict[str, Any]]
+# A text; for GLM-4V also parts of a content, or a message of its own.
+Query = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 
 class NotANumberCheck(LogitsProcessor):
@@ -96,78 +88,6 @@ class QuickTopP(TopPLogitsWarper):
         is_dropped[..., : self.min_tokens_to_keep] = False
         best = best.masked_fill(is_dropped, self.filter_value)
         return torch.full_like(scores, self.filter_value).scatter(-1, best_ids, best)
-
-
-class StreamClosed(Exception):
-    """Ends `generate` when nobody waits for more tokens."""
-
-
-class TokenQueue(BaseStreamer):
-    """A streamer that hands new tokens to another thread, `[batch]` at a time and without the prompt."""
-
-    def __init__(self) -> None:
-        self.queue: queue.SimpleQueue[torch.Tensor | BaseException | None] = queue.SimpleQueue()
-        self.batch_size: int | None = None
-        self.is_closed = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.is_closed:
-            raise StreamClosed
-        # The prompt comes first, and speculative decoding brings several tokens at once.
-        for tokens in value.reshape(self.batch_size, -1).unbind(1) if self.batch_size is not None else ():
-            self.queue.put(tokens)
-        self.batch_size = value.shape[0] if self.batch_size is None else self.batch_size
-
-    def end(self) -> None:
-        """The end is marked by the thread, which knows whether it was an error."""
-
-
-# A thread that still computes while the interpreter shuts down would abort the process.
-OPEN_STREAMS: set[tuple[TokenQueue, threading.Thread]] = set()
-
-
-@atexit.register
-def close_open_streams() -> None:
-    """Let every stream finish the token it is at, and no more."""
-    streams = list(OPEN_STREAMS)
-    for tokens, _ in streams:
-        tokens.is_closed = True
-    for _, thread in streams:
-        thread.join()
-
-
-def stream_ids(generate: Callable, input_ids: torch.Tensor, cache: Cache | None) -> Generator[Any, None, None]:
-    """Run `generate(streamer=...)` in a thread; yield all ids so far, `[batch, seq]`, or pairs of them and the cache."""
-    device_type = input_ids.device.type
-    # These belong to a thread.
-    is_inference, is_autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device_type)
-    autocast = torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), enabled=is_autocast)
-    streamer = TokenQueue()
-
-    def run() -> None:
-        try:
-            with autocast, torch.inference_mode(is_inference):
-                generate(streamer=streamer)
-            streamer.queue.put(None)
-        except BaseException as error:  # Whatever it is belongs to the caller, who waits at the queue.
-            streamer.queue.put(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    OPEN_STREAMS.add((streamer, thread))
-    try:
-        while (tokens := streamer.queue.get()) is not None:
-            if isinstance(tokens, BaseException):
-                raise tokens
-            input_ids = torch.cat([input_ids, tokens.to(input_ids.device)[:, None]], dim=-1)
-            yield input_ids if cache is None else (input_ids, cache)
-    finally:
-        streamer.is_closed = True
-        while thread.is_alive():
-            # A second Ctrl-C must not leave the thread behind, which may still be writing to the cache.
-            with suppress(KeyboardInterrupt):
-                thread.join()
-        OPEN_STREAMS.discard((streamer, thread))
 
 
 def as_token_ids(value: Any) -> list[int]:
@@ -208,6 +128,8 @@ class Turn:
     settings: dict[str, Any]
     cache: ConversationCache | None
     written_cache: ConversationCache | None
+    # What the cache holds of the prompt: its ids, and a name for a picture in each of its places.
+    cached_names: list[Any]
 
 
 class ChatGLMGenerationMixin(GenerationMixin):
@@ -233,7 +155,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
             # With pictures, the ids were checked before those made them longer.
-            if kwargs.get("image_features") is None:
+            if kwargs.get("pictures") is None:
                 self._check_prompt(input_ids, kwargs.get("position_ids"))
             if kwargs.get("attention_mask") is None:
                 # `<unk>` and padding share the id 0, so the library would take an `<unk>` of the prompt for padding.
@@ -378,10 +300,11 @@ class ChatGLMGenerationMixin(GenerationMixin):
     def chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        query: str,
+        query: Query,
         history: History | None = None,
         role: str = "user",
         *,
+        image: Any = None,
         past_key_values: ConversationCache | None = None,
         return_past_key_values: bool = False,
         **kwargs: Any,
@@ -390,9 +313,10 @@ class ChatGLMGenerationMixin(GenerationMixin):
 
         Args:
             tokenizer: the `ChatGLMTokenizer` of the checkpoint.
-            query: the new message.
+            query: the new message: a text, parts of a content, or a message dict.
             history: the conversation so far, pairs of query and answer or message dicts; it is not changed.
             role: who says `query`: `"user"`, `"system"` or `"observation"`.
+            image: GLM-4V: a picture of the new message. One of an earlier message is in the history.
             past_key_values: the cache that an earlier turn returned; the same answer comes faster. Only one call at a
                 time can use it.
             return_past_key_values: return that cache as a third value.
@@ -409,7 +333,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """
         refuse_unknown_settings(self._inner_model(), kwargs)
         cached = (past_key_values, return_past_key_values)
-        messages = self._next_messages(query, history, role)
+        messages = self._next_messages(query, history, role, image)
         turn = self._prepare_turn(tokenizer, messages, cached, kwargs, has_soft_prompt(self))
         prompt = torch.tensor([turn.prompt_ids], device=self._input_device())
         outputs = (self.generate(ids, past_key_values=turn.written_cache, **turn.settings) for ids in [prompt])
@@ -420,10 +344,11 @@ class ChatGLMGenerationMixin(GenerationMixin):
     def stream_chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        query: str,
+        query: Query,
         history: History | None = None,
         role: str = "user",
         *,
+        image: Any = None,
         past_key_values: ConversationCache | None = None,
         return_past_key_values: bool = False,
         **kwargs: Any,
@@ -436,7 +361,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """
         kwargs = drop_unknown_settings(self._inner_model(), kwargs)
         cached = (past_key_values, return_past_key_values)
-        messages = self._next_messages(query, history, role)
+        messages = self._next_messages(query, history, role, image)
         turn = self._prepare_turn(tokenizer, messages, cached, kwargs, has_soft_prompt(self))
         prompt = torch.tensor([turn.prompt_ids], device=self._input_device())
         outputs = self.stream_generate(prompt, past_key_values=turn.written_cache, **turn.settings)
@@ -450,7 +375,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         growing, text, is_stopped = tokenizer.growing_text(self.chat_format), "", False
         stop_ids = set(turn.settings["eos_token_id"] or ())
         is_continued = not self._is_assisted(turn.settings)
-        with nullcontext() if cache is None else cache.turn(self, turn.prompt_ids, is_continued):
+        with nullcontext() if cache is None else cache.turn(self, turn.cached_names, is_continued):
             try:
                 with closing(outputs):
                     for output_ids in outputs:
@@ -465,14 +390,14 @@ class ChatGLMGenerationMixin(GenerationMixin):
                             answer = None
             finally:
                 if cache is not None:
-                    cache.token_ids = [*turn.prompt_ids, *new_ids][: cache.get_num_tokens()]
+                    cache.token_ids = [*turn.cached_names, *new_ids][: cache.get_num_tokens()]
         if answer is not None:
             yield answer
 
     def batch_chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        queries: list[str],
+        queries: Sequence[Query],
         histories: list[History | None] | None = None,
         role: str = "user",
         **kwargs: Any,
@@ -482,7 +407,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         Returns:
             The answers and the new histories, in the order of `queries`.
         """
-        if isinstance(queries, str) or not queries:
+        if isinstance(queries, (str, Mapping)) or not queries:
             raise ValueError(f"`queries` must be a list of at least one message, got {queries!r}.")
         for name in ("past_key_values", "return_past_key_values"):
             if kwargs.pop(name, None):
@@ -492,13 +417,14 @@ class ChatGLMGenerationMixin(GenerationMixin):
         if len(histories) != len(queries):
             raise ValueError(f"Got {len(queries)} queries but {len(histories)} histories; give one for each query.")
         batch = [self._next_messages(query, history, role) for query, history in zip(queries, histories)]
+        images = self._encode_pictures(tokenizer, [message for messages in batch for message in messages])
         prompts = [tokenizer.encode_conversation(messages, chat_format=self.chat_format) for messages in batch]
         inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
         inputs, prompt_length = inputs.to(self._input_device()), max(map(len, prompts))
         settings = self._chat_settings(tokenizer, kwargs, prompt_length)
         # Without any stop token the library would let rows go on that a stop string has ended. No model writes this one.
         settings["eos_token_id"] = settings["eos_token_id"] or [self.config.vocab_size]
-        output_ids = self.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **settings)
+        output_ids = self.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **images, **settings)
         pad_ids = as_token_ids(self._setting("pad_token_id", settings))[:1] if len(queries) > 1 else []
         answers = []
         for new_ids, messages in zip(output_ids[:, prompt_length:].tolist(), batch):
@@ -563,14 +489,17 @@ class ChatGLMGenerationMixin(GenerationMixin):
         return response if history is None else (response, new_history)
 
     def build_inputs(
-        self, tokenizer: PreTrainedTokenizerBase, query: str, history: History | None = None
+        self, tokenizer: PreTrainedTokenizerBase, query: Query, history: History | None = None
     ) -> BatchEncoding:
         """What `chat` gives the model to read, on its device: the whole conversation, ending with `query`."""
-        inputs = tokenizer.build_chat_input(query, history, chat_format=self.chat_format)
+        messages = self._next_messages(query, history, "user")
+        prompt_ids = tokenizer.encode_conversation(messages, chat_format=self.chat_format)
+        inputs = tokenizer.pad({"input_ids": [prompt_ids]}, return_tensors="pt")
+        inputs.update(self._encode_pictures(tokenizer, messages))
         return inputs.to(self._input_device())
 
     def build_stream_inputs(
-        self, tokenizer: PreTrainedTokenizerBase, query: str, history: History | None = None
+        self, tokenizer: PreTrainedTokenizerBase, query: Query, history: History | None = None
     ) -> BatchEncoding:
         """The same as `build_inputs`. A cache is continued with the whole conversation, not with its last round."""
         return self.build_inputs(tokenizer, query, history)
@@ -588,13 +517,39 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """How this generation writes a conversation down and reads an answer back."""
         return conversation_format(self.config.model_version)
 
-    def _next_messages(self, query: str, history: History | None, role: str) -> list[dict[str, Any]]:
-        if not isinstance(query, str):
-            raise TypeError(f"`query` must be a string, got {type(query).__name__}: {query!r}.")
-        messages = self.chat_format.normalize_messages(history)
-        if any("image" in message for message in messages):
-            raise ValueError("`chat` takes no pictures: give what `apply_chat_template` returns to `generate`.")
-        return messages + self.chat_format.normalize_messages([{"role": role, "content": query}])
+    def _next_messages(
+        self, query: Query, history: History | None, role: str, image: Any = None
+    ) -> list[dict[str, Any]]:
+        if isinstance(query, Mapping):
+            message: dict[str, Any] = {"role": role, **query}
+        elif isinstance(query, (str, list, tuple)):
+            message = {"role": role, "content": query}
+        else:
+            raise TypeError(f"`query` must be a string, parts or a message, got {type(query).__name__}: {query!r}.")
+        if image is not None:
+            if message.get("image") is not None:
+                raise ValueError("The picture was given twice: in the message and as `image`. Give it once.")
+            message["image"] = image
+        normalized = self.chat_format.normalize_messages([message])
+        return self.chat_format.normalize_messages([*self.chat_format.normalize_messages(history), *normalized])
+
+    def _encode_pictures(
+        self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]
+    ) -> dict[str, torch.Tensor]:
+        """The pictures of messages as an argument of `generate`; nothing if there are none."""
+        pictures = [message["image"] for message in messages if "image" in message]
+        if not pictures:
+            return {}
+        self._inner_model().check_eyes()
+        if has_soft_prompt(self):
+            raise ValueError(
+                "A soft prompt of PEFT does not go with pictures. Use LoRA, or P-tuning v2 (`pre_seq_len`)."
+            )
+        return {"images": tokenizer.encode_pictures(pictures)}
+
+    def name_cached_tokens(self, prompt_ids: list[int], images: torch.Tensor | None) -> list[Any]:
+        """What a reused cache holds of a prompt: the ids."""
+        return prompt_ids
 
     def _prepare_turn(
         self,
@@ -605,7 +560,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         has_soft_prompt: bool,
     ) -> Turn:
         prompt_ids = tokenizer.encode_conversation(messages, chat_format=self.chat_format)
-        settings = self._chat_settings(tokenizer, kwargs, len(prompt_ids))
+        images = self._encode_pictures(tokenizer, messages)
+        settings = self._chat_settings(tokenizer, kwargs, len(prompt_ids)) | images
         cache, is_returned = cached
         if cache is not None and not hasattr(cache, "turn"):
             raise TypeError(
@@ -621,7 +577,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         written_cache = None if is_unused else cache
         if written_cache is not None and (self._setting("num_beams", settings) or 1) > 1:
             raise ValueError("A cache of several beams cannot be kept for the next turn: leave `num_beams` at 1.")
-        return Turn(messages, prompt_ids, settings, cache, written_cache)
+        names = self.name_cached_tokens(prompt_ids, images.get("images"))
+        return Turn(messages, prompt_ids, settings, cache, written_cache, names)
 
     def _chat_settings(
         self, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], prompt_length: int

@@ -56,6 +56,7 @@ from .modeling_layers import ChatGLMAttention, ChatGLMBlock, ChatGLMEncoder, Cha
 from .modeling_pictures import (
     PictureGenerationMixin,
     PictureModelMixin,
+    PlacedPictures,
     expand_labels,
     expand_mask,
     lay_out_pictures,
@@ -63,6 +64,7 @@ from .modeling_pictures import (
 )
 from .modeling_positions import (
     continue_positions,
+    count_in_samples,
     count_positions,
     cut_generation_mask,
     cut_positions,
@@ -394,7 +396,7 @@ class ChatGLMModel(PrefixModelMixin, ChatGLMPreTrainedModel):
             attention_mask=unmask_empty_rows(mask),
             past_key_values=past_key_values if prefix_cache is None else None,
             prefix_cache=prefix_cache,
-            position_ids=positions,
+            position_ids=count_in_samples(self.config, positions),
             use_cache=use_cache,
             **kwargs,
         )
@@ -493,6 +495,7 @@ class ChatGLMForConditionalGeneration(
         position_ids: torch.LongTensor | None = None,
         prompt_position_ids: torch.LongTensor | None = None,
         generation_attention_mask: torch.Tensor | None = None,
+        pictures: PlacedPictures | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         # CODEPATH: checkpoints with a P-tuning prefix; no published base model has one.
@@ -529,6 +532,9 @@ class ChatGLMForConditionalGeneration(
             position_ids = continue_positions(prompt_position_ids, num_new_tokens)
             if position_ids.ndim == 3:
                 kwargs["token_type_ids"] = (position_ids[:, 1] == 0).long()
+        # CODEPATH: glm-4v-9b has eyes; the others read text alone.
+        if pictures is not None:
+            kwargs["pictures"] = pictures
         return super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
         )

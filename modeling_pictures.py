@@ -22,8 +22,10 @@ What is unusual here:
   cache is therefore longer than its positions; it is told how much longer (`picture_surplus`), for those who continue it
   by hand without `position_ids`.
 - The placeholder has the id of padding and of an end token. What is a picture is found by its begin and its end.
+- `generate` knows the places of the pictures in advance, so a prompt may come in parts, of which one ends within a picture.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -32,6 +34,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedConfig
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -77,6 +80,56 @@ class PictureRows:
     @property
     def num_pictures(self) -> int:
         return int(self.is_picture.any(1).sum())
+
+    @property
+    def end(self) -> int:
+        """The place behind the last picture; 0 if there is none."""
+        return int(
+            (self.is_picture.any(0) * torch.arange(1, self.is_picture.shape[1] + 1).to(self.is_picture.device)).max()
+        )
+
+    @property
+    def begins(self) -> torch.Tensor:
+        """The place where the picture of each row begins, `[batch]`; -1 in a row without one."""
+        return self.is_picture.int().argmax(1).masked_fill(~self.is_picture.any(1), -1)
+
+    def check_number(self, features: torch.Tensor, config: PreTrainedConfig) -> None:
+        """Raise a `ValueError` if there are more pictures than rows that have room for one, or fewer."""
+        if self.num_pictures != len(features):
+            raise ValueError(
+                f"{len(features)} pictures were given, and {self.num_pictures} rows of the ids have room for one: begin, "
+                f"placeholder, end ({config.boi_token_id}, ..., {config.eoi_token_id})."
+            )
+
+
+class PlacedPictures:
+    """The pictures of a prompt with their places in it, so that `generate` finds them in any part of it.
+
+    Args:
+        features: what the decoder reads, `[pictures, N + 2, hidden]`.
+        begins: the place of each row's picture, `[batch]`; -1 for none.
+    """
+
+    def __init__(self, features: torch.Tensor, begins: torch.Tensor) -> None:
+        self.features, self.begins = features, begins
+        # On the host, as it is asked for at every step.
+        self.end = int(begins.max()) + features.shape[1]
+
+    def put_into(self, embeds: torch.Tensor, first_place: int) -> torch.Tensor:
+        """Embeddings `[rows, places, hidden]` from a place on, with the pictures' vectors where they stand.
+
+        Args:
+            embeds: of the rows of the prompt, or of several copies of each, one after the other, as beams have them.
+            first_place: of which the embeddings are the first.
+        """
+        num_copies = len(embeds) // len(self.begins)
+        begins, features = self.begins.to(embeds.device), self.features.to(embeds.device, embeds.dtype)
+        numbers = ((begins >= 0).cumsum(0) - 1).clamp(min=0).repeat_interleave(num_copies)[:, None]
+        begins = begins.repeat_interleave(num_copies)[:, None]
+        offsets = torch.arange(first_place, first_place + embeds.shape[1], device=embeds.device) - begins
+        is_picture = (begins >= 0) & (offsets >= 0) & (offsets < features.shape[1])
+        vectors = features[numbers, offsets.clamp(0, features.shape[1] - 1)]
+        return torch.where(is_picture[..., None], vectors, embeds)
 
 
 def find_picture(ids: list[int], config: PreTrainedConfig, num_vectors: int) -> tuple[int, int] | None:
@@ -229,11 +282,15 @@ class PictureModelMixin:
         Raises:
             ValueError: if this model sees no pictures, or for pixels of another shape than its own.
         """
+        self.check_eyes()
+        return self.base_model.vision(pixel_values)
+
+    def check_eyes(self) -> None:
+        """Raise a `ValueError` if this model sees no pictures."""
         if self.base_model.vision is None:
             raise ValueError(
                 "This model reads text alone: its config.json has no `vision_config`, as that of GLM-4V-9B has."
             )
-        return self.base_model.vision(pixel_values)
 
     def find_features(
         self, pixel_values: torch.Tensor | None, images: torch.Tensor | None, image_features: torch.Tensor | None
@@ -256,14 +313,8 @@ class PictureModelMixin:
         Raises:
             ValueError: if there are more pictures than rows that have room for one, or fewer.
         """
-        if rows.num_pictures != len(features):
-            raise ValueError(
-                f"{len(features)} pictures were given, and {rows.num_pictures} rows of the ids have room for one: begin, "
-                f"placeholder, end ({self.config.boi_token_id}, ..., {self.config.eoi_token_id})."
-            )
-        embeds = self.get_input_embeddings()(input_ids)
-        is_picture = rows.is_picture.to(embeds.device)[..., None]
-        return embeds.masked_scatter(is_picture, features.to(embeds.device, embeds.dtype))
+        rows.check_number(features, self.config)
+        return PlacedPictures(features, rows.begins).put_into(self.get_input_embeddings()(input_ids), 0)
 
 
 class PictureGenerationMixin(PictureModelMixin, GenerationMixin):
@@ -276,59 +327,119 @@ class PictureGenerationMixin(PictureModelMixin, GenerationMixin):
         """Generate; see [`ChatGLMGenerationMixin.generate`]. `images` or `pixel_values` hold a picture for each row
         whose ids have room for one, with one placeholder or with N.
 
-        `max_length` counts the ids as they were given, not the vectors of pictures, and those are what is returned.
+        `max_length` counts the ids as they were given, not the vectors of pictures, and those are what is returned. A
+        picture that `past_key_values` hold already is not looked at again, and need not be given.
+
+        Raises:
+            ValueError: for more pictures than room for them, or fewer, and for any if this model reads text alone.
         """
         inputs, kwargs = unpack_encoding(inputs, kwargs)
         given = [kwargs.pop(name, None) for name in ("pixel_values", "images", "image_features")]
-        if all(value is None for value in given):
-            return super().generate(inputs, generation_config, *args, **kwargs)
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if input_ids is None or kwargs.get("inputs_embeds") is not None:
+        is_given = any(value is not None for value in given)
+        # An assistant is handed what its model was given, and drafts from the placeholders.
+        is_assistant = kwargs.pop("pictures", None) is not None
+        input_ids: Any = kwargs.get("input_ids") if inputs is None else inputs
+        is_embedded = input_ids is None or kwargs.get("inputs_embeds") is not None
+        if is_given and is_embedded:
             raise ValueError("Pictures go with `input_ids`, which say where they stand, and not with `inputs_embeds`.")
-        with torch.no_grad():
-            features = self.find_features(*given)
-        rows = lay_out_pictures(self.config, input_ids)
-        num_more = rows.columns.shape[1] - input_ids.shape[1]
-        mask = expand_mask(rows, input_ids, kwargs.pop("attention_mask", None))
+        if is_given:
+            self.check_eyes()
+        # CODEPATH: glm-4v-9b has eyes; the others read text alone.
+        if is_embedded or is_assistant or self.base_model.vision is None:
+            return super().generate(inputs, generation_config, *args, **kwargs)
         self._check_prompt(input_ids)
-        for name in ("max_length", "min_length"):
+        rows = lay_out_pictures(self.config, input_ids)
+        surplus = getattr(kwargs.get("past_key_values"), "picture_surplus", None)
+        if rows.num_pictures == 0 and surplus is None and not is_given:
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        kwargs.pop("input_ids", None)
+        surplus = self._place_pictures(rows, input_ids, given, kwargs)
+        num_more = rows.columns.shape[1] - input_ids.shape[1]
+        for name in ("max_length", "min_length") if num_more else ():
             length = self._setting(name, kwargs, generation_config)
             if length and self._setting(name.replace("_", "_new_", 1) + "s", kwargs, generation_config) is None:
                 kwargs[name] = length + num_more
-        outputs = super().generate(
-            rows.spread(input_ids, 0 if self.config.pad_token_id is None else self.config.pad_token_id),
-            generation_config,
-            *args,
-            attention_mask=mask,
-            position_ids=expand_positions(rows, kwargs.pop("position_ids", None), mask),
-            image_features=features,
-            **kwargs,
-        )
+        padding = 0 if self.config.pad_token_id is None else self.config.pad_token_id
+        outputs = super().generate(rows.spread(input_ids, padding), generation_config, *args, **kwargs)
         is_plain = isinstance(outputs, torch.Tensor)
         sequences = outputs if is_plain else outputs.sequences
-        prompts = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0).to(sequences.device)
+        num_copies = len(sequences) // len(input_ids)
+        prompts = input_ids.repeat_interleave(num_copies, dim=0).to(sequences.device)
         sequences = torch.cat((prompts, sequences[:, rows.columns.shape[1] :]), dim=1)
+        for cache in (kwargs.get("past_key_values"), getattr(outputs, "past_key_values", None)):
+            if isinstance(cache, Cache):
+                cache.picture_surplus = surplus.repeat_interleave(num_copies, dim=0)
         if is_plain:
             return sequences
         outputs.sequences = sequences
         return outputs
 
+    def _place_pictures(
+        self, rows: PictureRows, input_ids: torch.Tensor, given: list[Any], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Make the arguments of `generate` those of the places.
+
+        Returns:
+            How much more than positions the prompt, or a cache and what is behind it, have places: `[batch, 1]`.
+
+        Raises:
+            ValueError: if a picture is missing, or has no place.
+        """
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        # All ids are given, or those that are not in the cache, with a mask for all.
+        is_whole = mask is None or mask.shape[-1] <= input_ids.shape[1]
+        num_cached = self._count_cached(cache)
+        surplus_before = getattr(cache, "picture_surplus", None) if num_cached > 0 and not is_whole else None
+        surplus_before = 0 if surplus_before is None else surplus_before
+        mask = kwargs["attention_mask"] = expand_mask(rows, input_ids, mask)
+        kwargs["position_ids"] = expand_positions(rows, kwargs.get("position_ids"), mask, surplus_before)
+        is_given = any(value is not None for value in given)
+        if (rows.num_pictures > 0 or is_given) and not (is_whole and 0 < rows.end <= num_cached):
+            with torch.no_grad():
+                features = self.find_features(*given)
+            if features is None:
+                raise ValueError(
+                    f"{rows.num_pictures} rows of the ids have room for a picture ({self.config.boi_token_id}, ..., "
+                    f"{self.config.eoi_token_id}), and none was given: give `images`, as `apply_chat_template` returns them."
+                )
+            rows.check_number(features, self.config)
+            num_before = mask.shape[1] - rows.columns.shape[1]
+            kwargs["pictures"] = PlacedPictures(features, torch.where(rows.begins < 0, -1, rows.begins + num_before))
+        return rows.is_surplus.sum(1, keepdim=True) + surplus_before
+
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, *args: Any, image_features: torch.Tensor | None = None, **kwargs: Any
+        self, input_ids: torch.Tensor, *args: Any, pictures: PlacedPictures | None = None, **kwargs: Any
     ) -> dict[str, Any]:
+        cache = kwargs.get("past_key_values")
+        if pictures is None or (cache is not None and not kwargs.get("is_first_iteration")):
+            return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        first_place = self._count_cached(cache)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        if image_features is None:
-            return inputs
-        # A picture that is in the cache does not come again; one is longer than any step behind the prompt.
-        new_ids, begin = inputs.get("input_ids"), self.config.boi_token_id
-        if new_ids is not None and new_ids.shape[1] >= image_features.shape[1] and begin in new_ids:
-            inputs["image_features"] = image_features
+        if first_place < pictures.end:
+            embeds = self.get_input_embeddings()(inputs["input_ids"])
+            inputs["inputs_embeds"], inputs["input_ids"] = pictures.put_into(embeds, first_place), None
         return inputs
+
+    def _count_cached(self, cache: Any) -> int:
+        """How many places are in a cache, without a P-tuning prefix."""
+        if not isinstance(cache, Cache) or not cache.is_initialized:
+            return 0
+        return max(int(cache.get_seq_length()) - (self.config.pre_seq_len or 0), 0)
+
+    def name_cached_tokens(self, prompt_ids: list[int], images: torch.Tensor | None) -> list[Any]:
+        """What a reused cache holds of a prompt: ids, and what a picture looks like in each of its places."""
+        if images is None:
+            return prompt_ids
+        rows = lay_out_pictures(self.config, torch.tensor([prompt_ids]))
+        name = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+        places = zip(rows.spread(torch.tensor([prompt_ids]), 0)[0].tolist(), rows.is_picture[0].tolist())
+        return [name if is_picture else token_id for token_id, is_picture in places]
 
 
 __all__ = [
     "PictureGenerationMixin",
     "PictureModelMixin",
+    "PlacedPictures",
     "expand_labels",
     "expand_mask",
     "lay_out_pictures",

@@ -392,6 +392,19 @@ def adapt_given_mask(attention_mask: torch.Tensor, dtype: torch.dtype, implement
     return torch.zeros_like(attention_mask, dtype=dtype).masked_fill(~attention_mask, torch.finfo(dtype).min)
 
 
+def count_in_samples(config: PreTrainedConfig, position_ids: torch.Tensor) -> torch.Tensor:
+    """Positions `[batch or 1, seq]` by which samples that are packed into one row are told apart: they count on in each.
+
+    Attention takes every place where positions do not count on for the border of two samples, and in a picture they stand
+    still.
+    """
+    # CODEPATH: glm-4v-9b, where a sample begins wherever there is a 0; the others' positions count on as they are.
+    if config.vision_config is None or position_ids.shape[-1] == 1:
+        return position_ids
+    places = torch.arange(position_ids.shape[-1], device=position_ids.device).expand_as(position_ids)
+    return places - places.masked_fill(position_ids != 0, 0).cummax(-1).values
+
+
 def same_sample_function(position_ids: torch.Tensor, prefix_length: int) -> Callable | None:
     """The mask function of samples that are packed into one row, or `None` if each row holds one sample.
 
@@ -446,7 +459,7 @@ def make_mask(
         block_sequence_ids = F.pad(torch.where(token_type_ids == 1, 0, -1), (prefix_length, 0), value=-1)
     # CODEPATH: chatglm2, chatglm3, glm4; the positions of chatglm-6b, glm and glm-130b stand still.
     if not config.is_bidirectional and is_first_step and attention_mask is None and position_ids is not None:
-        position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
+        position_ids = count_in_samples(config, position_ids.expand(inputs_embeds.shape[0], -1))
         is_same_sample = same_sample_function(position_ids, prefix_length)
     return create_causal_mask(
         config=config,
@@ -460,6 +473,7 @@ def make_mask(
 
 __all__ = [
     "continue_positions",
+    "count_in_samples",
     "count_positions",
     "cut_generation_mask",
     "cut_positions",

@@ -15,14 +15,15 @@
 
 What is unusual here:
 
-- The four linears of every layer are quantized, and the output layer on request; embeddings, norms and biases stay
-  as they are. Rounding is symmetric without a zero point, with one scale for each row of a weight.
+- The four linears of every layer are quantized, and on request the output layer and the linears of GLM-4V's eyes;
+  embeddings, norms and biases stay as they are. Rounding is symmetric without a zero point, with one scale for each row of a weight.
 - There are three ways in: `model.quantize(bits)`, `from_pretrained(..., quantization_config=...)`, and checkpoints that
   are quantized already. The last two go through `ChatGLMQuantizer`, which the library finds by the name "chatglm".
 - The tensors of a checkpoint tell whether it is quantized. Where the configuration says otherwise, loading stops.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from functools import wraps
@@ -68,13 +69,18 @@ except ImportError:
     add_hook_to_module = None
 
 LAYER_LINEARS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-
+# Of GLM-4V's eyes: those of every layer of the tower, and those of the adapter behind it.
+TOWER_LINEARS = ("attention.query_key_value", "attention.dense", "mlp.fc1", "mlp.fc2")
+ADAPTER_LINEARS = tuple(
+    f"linear_proj.{name}" for name in ("linear_proj", "dense_h_to_4h", "gate_proj", "dense_4h_to_h")
+)
 
 ALLOWED_SETTINGS = {
     "bits": (8, 4),
     "method": ("absmax", "mse"),
     "group_size": (None, 32, 64, 128),
     "output_layer_bits": (None, 8, 4),
+    "vision_bits": (None, 8, 4),
 }
 
 
@@ -86,6 +92,7 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
         method: `"absmax"` as published, or `"mse"`: the scale of least squared error, in the same format.
         group_size: columns of int4 weights that share a scale, 32, 64 or 128; `None` for whole rows, as published.
         output_layer_bits: 8 or 4 to quantize the output layer too; `None` leaves it as it is, as published.
+        vision_bits: 8 or 4 to quantize the linears of GLM-4V's eyes too; `None` leaves them as they are.
 
     Raises:
         ValueError: for any other value.
@@ -97,6 +104,7 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
         method: str = "absmax",
         group_size: int | None = None,
         output_layer_bits: int | None = None,
+        vision_bits: int | None = None,
         quant_method: str = QUANT_METHOD,
     ) -> None:
         self.quant_method = quant_method
@@ -104,6 +112,7 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
         self.method = method
         self.group_size = group_size
         self.output_layer_bits = output_layer_bits
+        self.vision_bits = vision_bits
         for name, allowed in ALLOWED_SETTINGS.items():
             value = getattr(self, name)
             if value not in allowed or isinstance(value, float):
@@ -112,12 +121,13 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
     @property
     def stored_form(self) -> dict[str, int | None]:
         """The settings that show in a checkpoint; how its scales were found does not."""
-        return {"bits": self.bits, "group_size": self.group_size, "output_layer_bits": self.output_layer_bits}
+        names = ("bits", "group_size", "output_layer_bits", "vision_bits")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def is_published_format(self) -> bool:
         """Whether the published code reads such a checkpoint, told by `quantization_bit` alone."""
-        return self.group_size is None and self.output_layer_bits is None
+        return self.group_size is None and self.output_layer_bits is None and self.vision_bits is None
 
 
 def names_of_linears(base_model: PreTrainedModel) -> list[str]:
@@ -126,18 +136,33 @@ def names_of_linears(base_model: PreTrainedModel) -> list[str]:
     return [f"encoder.layers.{i}.{name}" for i in range(num_layers) for name in LAYER_LINEARS]
 
 
+def names_of_vision_linears(base_model: PreTrainedModel) -> list[str]:
+    """The linears of GLM-4V's eyes; none where there are no eyes."""
+    # CODEPATH: glm-4v-9b; the others read text alone.
+    if base_model.vision is None:
+        return []
+    layers = [f"transformer.layers.{i}." for i in range(len(base_model.vision.transformer.layers))]
+    names = [layer + name for layer in layers for name in TOWER_LINEARS]
+    return [f"vision.{name}" for name in (*names, *ADAPTER_LINEARS)]
+
+
 def linears_to_quantize(model: PreTrainedModel, settings: ChatGLMQuantizationConfig) -> dict[str, int]:
     """Names of the layers that the settings ask for, and their bits.
 
     Raises:
         TypeError: for a layer that is no plain linear layer, such as one with an adapter.
-        ValueError: for a width that the settings do not divide.
+        ValueError: for a width that the settings do not divide, and for `vision_bits` without eyes.
     """
     base_model = model.base_model
     prefix = "" if base_model is model else f"{model.base_model_prefix}."
     bits = {prefix + name: settings.bits for name in names_of_linears(base_model)}
     if settings.output_layer_bits is not None:
         bits[f"{prefix}output_layer"] = settings.output_layer_bits
+    if settings.vision_bits is not None:
+        vision_names = names_of_vision_linears(base_model)
+        if not vision_names:
+            raise ValueError(f"`vision_bits={settings.vision_bits}` is for GLM-4V, and this model reads text alone.")
+        bits |= {prefix + name: settings.vision_bits for name in vision_names}
     for name in bits:
         linear = model.get_submodule(name)
         if type(linear) is not nn.Linear and not hasattr(linear, "is_float_layer"):
@@ -200,7 +225,8 @@ def expect_stored_weights(model: PreTrainedModel, tensors: dict[str, torch.Tenso
         ValueError: where one is quantized and the other is not, or in another way.
     """
     base_model, prefix = model.base_model, f"{model.base_model_prefix}."
-    for name in (*names_of_linears(base_model), "output_layer", "embedding.word_embeddings"):
+    own_names = (*names_of_linears(base_model), *names_of_vision_linears(base_model))
+    for name in (*own_names, "output_layer", "embedding.word_embeddings"):
         layer: Any = base_model.get_submodule(name)
         full_name = next((full for full in (name, prefix + name) if f"{full}.weight" in tensors), None)
         if full_name is None or not isinstance(layer, nn.Linear | nn.Embedding):
@@ -221,8 +247,10 @@ def expect_stored_weights(model: PreTrainedModel, tensors: dict[str, torch.Tenso
 def wrong_form_message(name: str, stored: WeightForm, expected: WeightForm) -> str:
     """What is wrong with a checkpoint, and what to do about it."""
     settings: dict[str, Any] = {"quant_method": QUANT_METHOD, "bits": stored.bits or expected.bits}
-    if stored.bits is None and name.endswith("output_layer"):
-        remedy = "Remove `output_layer_bits` from the `quantization_config` of config.json."
+    is_vision = re.search(r"(^|\.)vision\.", name) is not None
+    part = "vision_bits" if is_vision else "output_layer_bits" if name.endswith("output_layer") else None
+    if stored.bits is None and part is not None:
+        remedy = f"Remove `{part}` from the `quantization_config` of config.json."
     elif stored.bits is None:
         remedy = (
             "Remove `quantization_bit` and `quantization_config` from config.json. To quantize these weights while they "
@@ -230,8 +258,8 @@ def wrong_form_message(name: str, stored: WeightForm, expected: WeightForm) -> s
         )
     elif name.endswith("word_embeddings"):
         remedy = "Quantized embeddings are not supported: chatglm-6b-int4, say, is, and chatglm-6b-int4-qe is not."
-    elif name.endswith("output_layer"):
-        remedy = f'Set `"output_layer_bits": {stored.bits}` in the `quantization_config` of config.json.'
+    elif part is not None and stored.bits != expected.bits:
+        remedy = f'Set `"{part}": {stored.bits}` in the `quantization_config` of config.json.'
     elif stored.group_size is None:
         remedy = f'Set `"quantization_bit": {stored.bits}` in config.json, without a `quantization_config`.'
     else:
@@ -329,7 +357,7 @@ class ChatGLMQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         if not self.waiting:
             return []
-        names = (*LAYER_LINEARS, "output_layer", "word_embeddings")
+        names = (*LAYER_LINEARS, *TOWER_LINEARS, *ADAPTER_LINEARS, "output_layer", "word_embeddings")
         return [WeightConverter(f"{name}.weight", f"{name}.weight", [KeepWeight()]) for name in names]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -482,6 +510,7 @@ class ChatGLMQuantizationMixin(PreTrainedModel):
         method: str = "absmax",
         group_size: int | None = None,
         output_layer_bits: int | None = None,
+        vision_bits: int | None = None,
         *,
         device: torch.device | str | None = None,
         empty_init: bool = False,
@@ -490,8 +519,8 @@ class ChatGLMQuantizationMixin(PreTrainedModel):
         """Quantize the linear layers in place, one at a time, each on its own device, and return the model.
 
         Args:
-            bits, method, group_size, output_layer_bits: see [`ChatGLMQuantizationConfig`]. 0 bits, or what the model
-                has already, change nothing.
+            bits, method, group_size, output_layer_bits, vision_bits: see [`ChatGLMQuantizationConfig`]. 0 bits, or what
+                the model has already, change nothing.
             device: where the layers are quantized and stay, if not where they are.
             empty_init, use_quantization_cache: of published programs. They change nothing here.
 
@@ -502,7 +531,7 @@ class ChatGLMQuantizationMixin(PreTrainedModel):
         """
         if bits == 0 and type(bits) is int:
             return self
-        settings = ChatGLMQuantizationConfig(bits, method, group_size, output_layer_bits)
+        settings = ChatGLMQuantizationConfig(bits, method, group_size, output_layer_bits, vision_bits)
         if self.quantized:
             stored = read_settings(getattr(self.config, "quantization_config", None))
             if stored is not None and stored.stored_form == settings.stored_form:

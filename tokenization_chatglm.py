@@ -553,16 +553,29 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
             conversation, tools, documents, chat_template, tokenize=tokenize, chat_format=chat_format, **kwargs
         )
         if pictures and isinstance(written, MutableMapping):
-            if image_processor is None:
-                # Here, because those who read text alone may not have Pillow.
-                from .image_processing_chatglm import ChatGLMImageProcessorPil
-
-                size = self.init_kwargs.get("image_size", ChatGLMImageProcessorPil.size["height"])
-                image_processor = ChatGLMImageProcessorPil(size={"height": size, "width": size})
-            written["images"] = image_processor(pictures, return_tensors="pt")["pixel_values"]
+            written["images"] = self.encode_pictures(pictures, image_processor)
         if isinstance(written, str):
             return written.removeprefix(opening)
         return written if tokenize else [text.removeprefix(opening) for text in written]
+
+    def encode_pictures(self, pictures: Sequence[Any], image_processor: Callable[..., Any] | None = None) -> Any:
+        """Pictures as the model reads them, a tensor of float32, `[pictures, 3, image_size, image_size]`.
+
+        Args:
+            pictures: of Pillow, arrays, tensors, or what names them: a path, an address, base64.
+            image_processor: what turns them into numbers, if not the published steps.
+
+        Raises:
+            ImportError: without Pillow.
+            TypeError, ValueError: for what is no picture, or cannot be read as one.
+        """
+        if image_processor is None:
+            # Here, because those who read text alone may not have Pillow.
+            from .image_processing_chatglm import ChatGLMImageProcessorPil
+
+            size = self.init_kwargs.get("image_size", ChatGLMImageProcessorPil.size["height"])
+            image_processor = ChatGLMImageProcessorPil(size={"height": size, "width": size})
+        return image_processor(list(pictures), return_tensors="pt")["pixel_values"]
 
     def _load_model(self, vocab_file: str, added_tokens: Mapping[int, AddedToken]) -> BPE:
         more_tokens = {token.content: index for index, token in added_tokens.items()}

@@ -69,7 +69,8 @@ class ChatGLMVisionAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is added to the stream, and the attention's weights where its implementation has them."""
         heads = self.query_key_value(hidden_states).unflatten(-1, (3, -1, self.head_dim))
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        # In this order torch's CPU kernel takes three quarters of the time (2.13).
+        query, key, value = heads.permute(2, 0, 3, 1, 4).contiguous()
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -169,7 +170,9 @@ class ChatGLMVisionModel(nn.Module):
                 f"Pictures must be a tensor [pictures, {', '.join(map(str, self.pixel_shape))}], got {shape}."
             )
         weight = self.patch_embedding.proj.weight
-        hidden_states = self.transformer(self.patch_embedding(pixel_values.to(weight.device, weight.dtype)))
+        # A weight that is offloaded is on the meta device until its module is called, and does not tell where that is.
+        device = pixel_values.device if weight.is_meta else weight.device
+        hidden_states = self.transformer(self.patch_embedding(pixel_values.to(device, weight.dtype)))
         patches = hidden_states[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
         vectors = self.linear_proj(self.conv(patches).flatten(2).transpose(1, 2))
         begin, end = (vector.expand(len(vectors), -1, -1).to(vectors.device) for vector in (self.boi, self.eoi))

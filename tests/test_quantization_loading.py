@@ -107,6 +107,7 @@ def test_the_saved_file_is_a_published_one(
             "method": "absmax",
             "group_size": 32,
             "output_layer_bits": None,
+            "vision_bits": None,
         }
     else:
         assert config["quantization_bit"] == settings["bits"]
