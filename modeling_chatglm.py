@@ -37,7 +37,6 @@ from transformers.core_model_loading import PrefixChange, WeightRenaming
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -52,6 +51,7 @@ from .generation_blanks import BlankFillingMixin
 from .generation_chatglm import ChatGLMGenerationMixin
 from .linear_cpu import ChatGLMLinear
 from .modeling_cache import let_cache_grow
+from .modeling_classification import SequenceClassificationMixin
 from .modeling_layers import ChatGLMAttention, ChatGLMBlock, ChatGLMEncoder, ChatGLMRotaryEmbedding
 from .modeling_pictures import (
     PictureGenerationMixin,
@@ -574,13 +574,14 @@ class ChatGLMClassifierHead(nn.Module):
         return F.linear(hidden_states, self.weight, self.bias)
 
 
-@auto_docstring(custom_intro="A linear classifier on the last real token of each row.")
-class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
-    # The loss is the mean of a batch, so Trainer must divide it by the number of batches that it accumulates.
-    accepts_loss_kwargs = False
+@auto_docstring(
+    custom_intro="""
+    A linear classifier on the last real token of each row. Padding may be on either side, but must be masked.
+    """
+)
+class ChatGLMForSequenceClassification(SequenceClassificationMixin, ChatGLMPreTrainedModel):
     # PEFT reads this for adapters whose `modules_to_save` was the published name.
     _checkpoint_conversion_mapping = {r"^classifier_head\.": "classifier_head_score."}
-    _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
@@ -596,39 +597,9 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         """The linear classifier, by its published name."""
         return self.classifier_head_score
 
-    def freeze_base_model(self) -> None:
-        super().freeze_base_model()
-        # Of no use here unless it is the embedding; distributed training wants every trained weight used.
-        if not self.config.tie_word_embeddings:
-            self.transformer.output_layer.requires_grad_(False)
-
-    @can_return_tuple
-    @auto_docstring(
-        custom_intro="""
-        Classify the last real token of each row. Padding may be on either side, but must be masked.
-        """
-    )
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutputWithPast:
-        outputs: BaseModelOutputWithPast = self.transformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
+    def classify(
+        self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
         # CODEPATH: chatglm-6b and glm-130b, whose masks are of their own kind.
         if self.config.mask_marks_hidden:
             attention_mask = reduce_published_mask(attention_mask)
@@ -643,17 +614,7 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         if attention_mask is not None:
             real_tokens = attention_mask[:, -hidden_states.shape[1] :].to(hidden_states.device)
             last_token = (real_tokens * torch.arange(hidden_states.shape[1], device=hidden_states.device)).argmax(-1)
-        logits = self.classifier_head_score(self.dropout(hidden_states[rows, last_token]))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return self.classifier_head_score(self.dropout(hidden_states[rows, last_token]))
 
 
 def weight_renamings() -> list[WeightRenaming]:

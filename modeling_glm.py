@@ -25,17 +25,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    MultipleChoiceModelOutput,
-    SequenceClassifierOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, MultipleChoiceModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_chatglm import ChatGLMConfig
 from .modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel, ChatGLMPreTrainedModel
+from .modeling_classification import SequenceClassificationMixin
 
 
 @auto_docstring(custom_intro="The language model: `generate` with what the tokenizer builds, and aligned labels.")
@@ -118,12 +114,12 @@ class GLMForMultipleChoice(ChatGLMPreTrainedModel):
         )
 
 
-@auto_docstring(custom_intro="A classifier with one hidden layer on the first token of each row, `[CLS]`.")
-class GLMForSequenceClassification(ChatGLMPreTrainedModel):
-    # The loss is the mean of a batch, so Trainer must divide it by the number of batches that it accumulates.
-    accepts_loss_kwargs = False
-    _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
-
+@auto_docstring(
+    custom_intro="""
+    A classifier with one hidden layer on the first token of each row, `[CLS]`. Pad on the right, where the tokenizer does.
+    """
+)
+class GLMForSequenceClassification(SequenceClassificationMixin, ChatGLMPreTrainedModel):
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -135,38 +131,11 @@ class GLMForSequenceClassification(ChatGLMPreTrainedModel):
         self.freeze_base_model()
         self.post_init()
 
-    @can_return_tuple
-    @auto_docstring(custom_intro="Classify each row by its first token. Pad on the right, where the tokenizer does.")
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutputWithPast:
-        outputs: BaseModelOutputWithPast = self.transformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        pooled = torch.tanh(self.dense(self.dropout(outputs.last_hidden_state[:, 0])))
-        logits = self.out_proj(self.dropout(pooled))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    def classify(
+        self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        pooled = torch.tanh(self.dense(self.dropout(hidden_states[:, 0])))
+        return self.out_proj(self.dropout(pooled))
 
 
 __all__ = [
