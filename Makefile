@@ -50,7 +50,7 @@ test-grid: setup
 test-floor: $(FLOOR)/installed
 	$(FLOOR)/bin/python -m pytest -n $(WORKERS) -m floor $(ARGS)
 
-test-programs: $(PROGRAMS)/installed
+test-programs: $(PROGRAMS)/installed $(PROGRAMS)/torchvision/installed
 	$(PROGRAMS)/bin/python -m pytest -n $(WORKERS) -m programs $(ARGS)
 
 test-engines: $(ENGINES)/installed $(VLLM)/installed
@@ -108,6 +108,11 @@ $(PROGRAMS)/installed $(ENGINES)/installed $(VLLM)/installed: $(NEWEST)/installe
 		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_FLAGS) \
 		-r requirements/$(patsubst .venv-%,%,$(@D)).txt
+	@touch $@
+
+$(PROGRAMS)/torchvision/installed: requirements/torchvision.txt $(PROGRAMS)/installed
+	@rm -rf $(@D)
+	$(PROGRAMS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target $(@D) -r $<
 	@touch $@
 
 # The source distribution has the files of tests/ that models share, not the folders beside them.
