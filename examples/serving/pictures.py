@@ -139,7 +139,7 @@ def open_picture(address: str, media_folder: Path | None = None) -> Any:
     processing = load_module("image_processing_chatglm")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            processing.check_size(image)
+            processing.check_before_decoding(image)
             return processing.as_rgb(ImageOps.exif_transpose(image))
     except processing.DECODING_ERRORS as error:
         kinds = ", ".join(FORMATS)
