@@ -47,6 +47,15 @@ VISION_AUTO_MAP = {
     "AutoProcessor": "processing_chatglm.ChatGLMProcessor",
 }
 
+# The classes that Auto classes find by its preprocessor_config.json; of two image processors, torchvision's is the second.
+PREPROCESSOR_AUTO_MAP = {
+    "AutoImageProcessor": [
+        "image_processing_chatglm.ChatGLMImageProcessorPil",
+        "image_processing_chatglm.ChatGLMImageProcessor",
+    ],
+    "AutoProcessor": "processing_chatglm.ChatGLMProcessor",
+}
+
 # The library's name of a value -> its name in the published files.
 PUBLISHED_KEYS = {
     "num_hidden_layers": "num_layers",
@@ -308,6 +317,7 @@ __all__ = [
     "GENERATION_FEATURES",
     "GenerationFeatures",
     "InfillFormat",
+    "PREPROCESSOR_AUTO_MAP",
     "VISION_AUTO_MAP",
     "infer_model_version",
     "refuse_images",

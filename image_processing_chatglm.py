@@ -51,6 +51,7 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict, load_image
 from transformers.processing_utils import ImagesKwargs
 
+from .configuration_generations import PREPROCESSOR_AUTO_MAP
 from .configuration_vision import VisionSettings
 
 
@@ -190,14 +191,7 @@ class PictureSteps:
     def to_dict(self) -> dict[str, Any]:
         """What is saved, with the places where the Auto classes find this one and the whole processor."""
         settings = super().to_dict()  # type: ignore[misc]  # this is a part of a class
-        own = {
-            "AutoImageProcessor": [
-                "image_processing_chatglm.ChatGLMImageProcessorPil",
-                "image_processing_chatglm.ChatGLMImageProcessor",
-            ],
-            "AutoProcessor": "processing_chatglm.ChatGLMProcessor",
-        }
-        return {**settings, "auto_map": {**settings.get("auto_map", {}), **own}}
+        return {**settings, "auto_map": {**settings.get("auto_map", {}), **PREPROCESSOR_AUTO_MAP}}
 
 
 class ChatGLMImageProcessorPil(PictureSteps, PilBackend):

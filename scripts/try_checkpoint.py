@@ -22,13 +22,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from folder_switch import UpgradeError
 from recognise_checkpoint import Checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoProcessor, AutoTokenizer
 from transformers.utils import logging
 
 
@@ -76,6 +77,8 @@ def try_loading(checkpoint: Checkpoint, contents: Mapping[str, bytes]) -> tuple[
             if checkpoint.has_vocabulary:
                 tokenizer = AutoTokenizer.from_pretrained(trial, **options)
                 ids, tried = try_tokenizer(tokenizer), "tokenizer round trip"
+            if tokenizer is not None and checkpoint.config.get("vision_config"):
+                tried += f", {try_processor(trial, options)}"
             weights = [trial / path.name for path in checkpoint.weights]
             if weights and all(path.exists() for path in weights):
                 model, info = auto_class.from_pretrained(
@@ -112,6 +115,14 @@ def try_tokenizer(tokenizer: Any) -> list[int]:
     if text != ROUND_TRIP and tokenizer.unk_token_id not in ids:
         raise ValueError(f"the tokenizer turns {ROUND_TRIP!r} into {text!r}")
     return tokenizer.encode(ROUND_TRIP)
+
+
+def try_processor(trial: Path, options: Mapping[str, Any]) -> str:
+    """Load GLM-4V's processor, and say so; who has no Pillow may still read text."""
+    if find_spec("PIL") is None:
+        return "no processor (pip install pillow)"
+    AutoProcessor.from_pretrained(trial, **options)
+    return "processor"
 
 
 def compare_weights(info: Mapping[str, Any]) -> None:

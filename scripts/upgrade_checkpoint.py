@@ -13,12 +13,13 @@
 # limitations under the License.
 """Brings a published checkpoint folder up to date: `python scripts/upgrade_checkpoint.py PATH`.
 
-Any generation, float or quantized: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B and what was made from them, and
-before them GLM (glm-large, glm-2b, glm-10b) and GLM-130B, whose ranks are merged into safetensors files. The
+Any generation, float or quantized: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B, GLM-4V-9B and what was made from
+them, and before them GLM (glm-large, glm-2b, glm-10b) and GLM-130B, whose ranks are merged into safetensors files. The
 `.py` files of this repository go in; `config.json` and `tokenizer_config.json` get `model_version` and the whole
-`auto_map` and keep everything else; a `generation_config.json` with all stop ids is written where there is none. A
-chat template that later revisions of the published folders carry is replaced by ours; one of your own stays.
-`--safetensors` also copies `.bin` weights into safetensors files; the weights that are there stay as they are.
+`auto_map` and keep everything else, and GLM-4V gets a `preprocessor_config.json`; a `generation_config.json` with all
+stop ids is written where there is none. A chat template that later revisions of the published folders carry is replaced
+by ours; one of your own stays. `--safetensors` also copies `.bin` weights into safetensors files; the weights that are
+there stay as they are.
 
 - What is replaced stays beside it as `NAME.bak`; a `.py` file that nothing needs any more stays.
 - The folder is tried first, with the new files, in a temporary place: unless that loads, nothing is changed.
@@ -47,6 +48,7 @@ from recognise_checkpoint import CODE, WITHOUT_VOCABULARY, Checkpoint, load_code
 
 MANIFEST = "chatglm_upgrade.json"
 TEMPLATE_FILE = "chat_template.jinja"
+PREPROCESSOR_FILE = "preprocessor_config.json"
 BIN_FILES = "pytorch_model*.bin"
 # A file of GLM-130B's, in the folder of an iteration.
 RANK_NAME = re.compile(r"\w+/mp_rank_\d+_model_states\.pt")
@@ -105,19 +107,25 @@ def describe_code(folder: Path) -> str:
 
 
 def new_contents(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """The code and the two configurations as they should be; only the files that are not so yet."""
+    """The code and the configurations as they should be; only the files that are not so yet."""
     contents = {path.name: path.read_bytes() for path in sorted(CODE.glob("*.py"))}
     configuration = load_code("configuration_generations")
     own_map = {**configuration.AUTO_MAP, **configuration.GENERATION_FEATURES[checkpoint.generation].auto_map}
+    own_map |= configuration.VISION_AUTO_MAP if checkpoint.config.get("vision_config") else {}
     tokenizer_map = {"AutoTokenizer": [f"{checkpoint.tokenizer_module}.{checkpoint.tokenizer_class}", None]}
     files = [
         ("config.json", checkpoint.config, own_map, {"model_type": "chatglm", "model_version": checkpoint.generation})
     ]
     if checkpoint.has_vocabulary:
-        settings = {"model_version": checkpoint.tokenizer_generation}
+        settings = {} if checkpoint.tokenizer_config else {"tokenizer_class": checkpoint.tokenizer_class}
+        settings |= {"model_version": checkpoint.tokenizer_generation}
         files.append(("tokenizer_config.json", checkpoint.tokenizer_config, tokenizer_map, settings))
+    if checkpoint.config.get("vision_config"):
+        preprocessor_config = read_json(checkpoint.folder / PREPROCESSOR_FILE)
+        settings = picture_settings(checkpoint)
+        files.append((PREPROCESSOR_FILE, preprocessor_config, configuration.PREPROCESSOR_AUTO_MAP, settings))
     for name, old, own_map, own in files:
-        new = dict(old) if old else {"tokenizer_class": checkpoint.tokenizer_class}
+        new = dict(old)
         # The oldest tokenizer_config.json have the list itself here.
         auto_map = new.get("auto_map")
         auto_map = {**(auto_map if isinstance(auto_map, dict) else {}), **own_map}
@@ -131,6 +139,20 @@ def new_contents(checkpoint: Checkpoint) -> dict[str, bytes]:
         text = template.read_bytes().decode(errors="surrogateescape")
         contents[TEMPLATE_FILE] = current_template(checkpoint, text).encode(errors="surrogateescape")
     return {name: content for name, content in contents.items() if not has_content(checkpoint.folder / name, content)}
+
+
+def picture_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What GLM-4V's image processor is told: its own name, and the sizes that config.json has.
+
+    Raises:
+        UpgradeError: for sizes that no picture can have.
+    """
+    try:
+        vision = load_code("configuration_vision").VisionSettings.from_dict(checkpoint.config["vision_config"])
+    except (ValueError, TypeError) as error:
+        raise UpgradeError(f"config.json: {error}") from error
+    size = {"height": vision.image_size, "width": vision.image_size}
+    return {"image_processor_type": "ChatGLMImageProcessor", "size": size, "patch_size": vision.patch_size}
 
 
 def current_template(checkpoint: Checkpoint, saved: Any) -> Any:

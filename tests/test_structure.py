@@ -55,7 +55,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "generation_published": set(),
     "generation_streaming": set(),
-    "image_processing_chatglm": {"configuration_vision"},
+    "image_processing_chatglm": {"configuration_generations", "configuration_vision"},
     "kernels_llvm": set(),
     "kernels_matmul": {"kernels_llvm"},
     "linear_cpu": {"kernels_llvm", "kernels_matmul"},

@@ -30,7 +30,17 @@ from typing import Any
 import pytest
 import torch
 from generations import GENERATION_CASES, RECORDED
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+# At its top level, 5.17.0 has none without torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -203,6 +213,48 @@ class TestUpgrade:
             shutil.move(path, folder)
         assert full.run(folder, "--undo") == 0
         assert tree(folder) == before
+
+    def test_a_folder_of_glm_4v_has_a_processor(self, full: Workshop, case: Callable[[str], Any]) -> None:
+        folder, recorded = full.folder("glm4v"), case("glm4v")
+        before = tree(folder)
+        assert full.run(folder) == 0
+        assert "tokenizer round trip, processor, names and shapes of the weights" in full.said()
+        assert set(os.listdir(folder)) - before.keys() >= {"preprocessor_config.json", "processing_chatglm.py"}
+        assert read(folder, "config.json")["model_version"] == "glm4v"
+        options = {"trust_remote_code": True}
+        processor, pictures = (auto.from_pretrained(folder, **options) for auto in (AutoProcessor, AutoImageProcessor))
+        single = recorded.expected["single"]
+        file = recorded.files / recorded.expected["preprocess"]["wide"]["file"]
+        assert pictures(str(file), return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
+        (message,) = single["messages"]
+        given = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = processor.apply_chat_template([{**message, "image": str(file)}], **given)
+        for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+            model = auto.from_pretrained(folder, **options)
+            output = model.generate(**inputs, do_sample=False, max_new_tokens=5, eos_token_id=[480, 487, 489])
+            assert output[0, -5:].tolist() == single["greedy_new_ids"][:5]
+        assert full.run(folder) == 0 and "Already up to date" in full.said()
+        assert full.run(folder, "--undo") == 0
+        assert tree(folder) == before
+
+    def test_settings_of_pictures(self, shop: Workshop) -> None:
+        """Those of the model go in, and the owner's others stay."""
+        folder = shop.folder("glm4v")
+        (folder / "preprocessor_config.json").write_text(
+            '{"size": 5, "own": 1, "auto_map": {"AutoProcessor": "a--b.C"}}'
+        )
+        assert shop.run(folder) == 0
+        settings = read(folder, "preprocessor_config.json")
+        assert (settings["size"], settings["patch_size"], settings["own"]) == ({"height": 32, "width": 32}, 4, 1)
+        assert settings["auto_map"]["AutoProcessor"] == "processing_chatglm.ChatGLMProcessor"
+        folder = shop.folder("glm4v", "wrong")
+        edit(folder, "config.json", vision_config={"patch_size": 0})
+        assert shop.run(folder) == 1
+        assert "config.json: `vision_config.patch_size` must be a positive whole number, got 0" in shop.said()
+        folder = shop.folder("glm4", "text")
+        assert shop.run(folder) == 0
+        assert not (folder / "preprocessor_config.json").exists()
+        assert "AutoProcessor" not in read(folder, "config.json")["auto_map"]
 
     def test_configurations_keep_what_they_have(self, shop: Workshop) -> None:
         folder = shop.folder("chatglm2-32k")
