@@ -82,10 +82,13 @@ class GrowingLayer(DynamicLayer):
         # Tokens that the rooms hold. Fewer are held after a crop, and whoever kept the others must find them unchanged.
         self.num_written = 0
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles are without the room."""
-        keys, values = (None if held is None else held.contiguous() for held in (self.keys, self.values))
-        return {**vars(self), "keys": keys, "values": values, "key_room": None, "value_room": None}
+    def __reduce__(self) -> tuple[type, tuple[()], dict[str, Any]]:
+        """Copies and pickles are the library's layers, without the room: exported programs and files know no other."""
+        state = {
+            name: held for name, held in vars(self).items() if name not in ("key_room", "value_room", "num_written")
+        }
+        state |= {name: held.contiguous() for name, held in state.items() if isinstance(held, torch.Tensor)}
+        return DynamicLayer, (), state
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -105,8 +108,15 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def give_room(layer: DynamicLayer) -> GrowingLayer:
+    """The same layer, with room for what comes next."""
+    grown = GrowingLayer()
+    vars(grown).update(vars(layer))
+    return grown
+
+
 def let_cache_grow(cache: Cache | None) -> None:
-    """Make the layers of a dynamic cache that hold nothing yet layers with room.
+    """Make the layers of a dynamic cache layers with room.
 
     Args:
         cache: any cache; those of other kinds, and those that offload their layers, stay what they are.
@@ -115,11 +125,8 @@ def let_cache_grow(cache: Cache | None) -> None:
         return
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = GrowingLayer
-    if any(type(layer) is DynamicLayer and not layer.is_initialized for layer in cache.layers):
-        cache.layers = [
-            GrowingLayer() if type(layer) is DynamicLayer and not layer.is_initialized else layer
-            for layer in cache.layers
-        ]
+    if any(type(layer) is DynamicLayer for layer in cache.layers):
+        cache.layers = [give_room(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
 
 
 __all__ = ["GrowingLayer", "let_cache_grow"]

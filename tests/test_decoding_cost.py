@@ -25,7 +25,7 @@ from generations import CAUSAL_GENERATIONS, TINY, every_generation
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.profiler import profile
-from transformers import DynamicCache, PreTrainedModel, TopPLogitsWarper
+from transformers import DynamicCache, PreTrainedModel, StaticCache, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer
 
 
@@ -159,11 +159,12 @@ def test_a_changed_layer_goes_on(growing: ModuleType, change: str) -> None:
         kept_keys, _ = layer.update(*new)
         library.update(*new)
     before = kept_keys.clone()
-    if change == "copy":
-        layer = copy.deepcopy(layer)
-    elif change == "pickle":
+    if change in ("copy", "pickle"):
         assert len(pickle.dumps(layer)) < 4000
-        layer = pickle.loads(pickle.dumps(layer))
+        layer = copy.deepcopy(layer) if change == "copy" else pickle.loads(pickle.dumps(layer))
+        # Any program can read it, and in a model it has room again.
+        assert type(layer) is DynamicLayer
+        layer = growing.give_room(layer)
     else:
         for one in (layer, library):
             index = torch.tensor([1, 0])
@@ -196,13 +197,26 @@ def test_growing_leaves_inference_mode_and_gradients_alone(growing: ModuleType) 
     assert keys.grad.eq(1).all()
 
 
-def test_caches_of_other_kinds_stay_what_they_are(growing: ModuleType) -> None:
-    held, offloaded = DynamicCache(), DynamicCache()
-    held.update(*states(2), 0)
+def test_caches_of_other_kinds_stay_what_they_are(growing: ModuleType, tiny_config: Callable[..., Any]) -> None:
+    static, offloaded = StaticCache(tiny_config(), max_cache_len=8), DynamicCache()
     offloaded.offloading = True
-    for cache in (held, offloaded, None):
+    kept = list(static.layers)
+    for cache in (static, offloaded, None):
         growing.let_cache_grow(cache)
-    assert type(held.layers[0]) is DynamicLayer and offloaded.layer_class_to_replicate is DynamicLayer
+    assert static.layers == kept and offloaded.layer_class_to_replicate is DynamicLayer
+
+
+@torch.no_grad()
+def test_a_cache_that_holds_something_grows_too(growing: ModuleType) -> None:
+    cache, library = DynamicCache(), DynamicCache()
+    first, more = states(5), states(1)
+    for one in (cache, library):
+        one.update(*first, 0)
+    growing.let_cache_grow(cache)
+    assert type(cache.layers[0]) is growing.GrowingLayer and cache.get_seq_length() == 5
+    for one in (cache, library):
+        one.update(*more, 0)
+    assert torch.equal(cache.layers[0].keys, library.layers[0].keys)
 
 
 @torch.inference_mode()
