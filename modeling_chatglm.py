@@ -209,6 +209,11 @@ class ChatGLMPreTrainedModel(PictureModelMixin, PrefixTuningMixin, ChatGLMQuanti
             # As published, PyTorch's own: a standard normal embedding. Published learning rates are made for it; from
             # `initializer_range` a prefix is learnt several times slower.
             module.reset_parameters()
+        elif hasattr(module, "original_inv_freq"):
+            # Others may replace what the library calls "default" for the models of all (gptqmodel 7.7 does).
+            inv_freq, _ = module.compute_default_rope_parameters(module.config)
+            init.copy_(module.inv_freq, inv_freq)
+            init.copy_(module.original_inv_freq, inv_freq)
         elif isinstance(module, ChatGLMClassifierHead):
             init.normal_(module.weight, std=self.config.initializer_range)
             init.zeros_(module.bias)

@@ -22,6 +22,7 @@ What is unusual here:
 - The tensors of a checkpoint tell whether it is quantized. Where the configuration says otherwise, loading stops.
 """
 
+import copy
 import json
 import re
 import sys
@@ -36,6 +37,7 @@ from transformers.modeling_utils import PreTrainedModel, load_state_dict
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
+    AutoQuantizationConfig,
     register_quantization_config,
     register_quantizer,
 )
@@ -411,6 +413,43 @@ def read_settings(value: Any) -> ChatGLMQuantizationConfig | None:
     return ChatGLMQuantizationConfig.from_dict(values) if values.get("quant_method") == QUANT_METHOD else None
 
 
+# What other methods leave as it is, unless they are told otherwise: the library itself knows of the output layer alone.
+# As patterns of whole names, of modules and of weights.
+KEPT_BY_OTHERS = [rf"(transformer\.)?{name}" for name in ("output_layer", "vision", "prefix_encoder")]
+# Where the configurations of other methods have such names: bitsandbytes, and torchao and the rest.
+KEPT_SETTINGS = ("llm_int8_skip_modules", "modules_to_not_convert")
+
+
+def complete_settings_of_others(quantization_config: Any) -> Any:
+    """A `quantization_config` of another method, which leaves the output layer, GLM-4V's eyes and a prefix as they are.
+
+    Args:
+        quantization_config: an object or a dictionary; ours and nothing come back as they are.
+    """
+    if quantization_config is None or read_settings(quantization_config) is not None:
+        return quantization_config
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    completed = copy.copy(quantization_config)
+    for name in KEPT_SETTINGS:
+        if getattr(completed, name, ()) is None:
+            setattr(completed, name, list(KEPT_BY_OTHERS))
+    return completed
+
+
+def use_layers_of_torch(model: PreTrainedModel) -> None:
+    """Make the linear layers torch's own where another method is going to replace them.
+
+    bitsandbytes looks for that very class (Transformers 5.23), and would quantize nothing without a word.
+    """
+    settings = getattr(model.config, "quantization_config", None)
+    if settings is None or read_settings(settings) is not None:
+        return
+    for module in model.modules():
+        if type(module) is ChatGLMLinear:
+            module.__class__ = nn.Linear
+
+
 def is_quantized_as_asked(
     model_class: Any, asked: Any, path: Any = None, *args: Any, config: Any = None, **kwargs: Any
 ) -> bool:
@@ -499,6 +538,10 @@ def take_bits(kwargs: dict[str, Any], quantization_config: Any) -> Any:
 class ChatGLMQuantizationMixin(PreTrainedModel):
     """What every ChatGLM model can do about quantization."""
 
+    def post_init(self) -> None:
+        super().post_init()
+        use_layers_of_torch(self)
+
     @property
     def quantized(self) -> bool:
         """Whether the weights are quantized, by its published name."""
@@ -569,6 +612,7 @@ class ChatGLMQuantizationMixin(PreTrainedModel):
         quantization_config = take_bits(kwargs, quantization_config)
         if is_quantized_as_asked(cls, quantization_config, *args, **kwargs):
             quantization_config = None
+        quantization_config = complete_settings_of_others(quantization_config)
         return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
 
     @staticmethod

@@ -42,7 +42,8 @@ from quantized import (
 )
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, BitsAndBytesConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 
 Named = Callable[[str], Any]
@@ -347,3 +348,27 @@ def test_another_process_needs_the_folder_and_nothing_else(case_folder: Named, t
     assert state.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert state[name].dtype == tensor.dtype and state[name].equal(tensor), name
+
+
+def test_other_methods_find_the_layers_of_torch(tiny_model: Any, source: Any) -> None:
+    """bitsandbytes looks for that very class, and would quantize nothing without a word."""
+    model = tiny_model(quantization_config={"quant_method": "bitsandbytes_8bit", "load_in_8bit": True})
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert len(linears) == 9 and {type(module) for module in linears} == {nn.Linear}
+
+
+def test_other_methods_leave_the_output_layer_eyes_and_prefix_alone(source: Any) -> None:
+    quantization = source("quantization")
+    asked = BitsAndBytesConfig(load_in_8bit=True)
+    completed = quantization.complete_settings_of_others(asked)
+    assert asked.llm_int8_skip_modules is None and completed.load_in_8bit
+    kept = ("transformer.output_layer", "transformer.vision.transformer.layers.0.mlp.fc1", "prefix_encoder.trans.0")
+    for name in (*kept, *(f"{name}.weight" for name in kept)):
+        assert not should_convert_module(name, completed.llm_int8_skip_modules), name
+    assert should_convert_module("transformer.encoder.layers.0.mlp.dense_h_to_4h", completed.llm_int8_skip_modules)
+    own = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["mlp"])
+    assert quantization.complete_settings_of_others(own).llm_int8_skip_modules == ["mlp"]
+    asked_as_dict = quantization.complete_settings_of_others({"quant_method": "bitsandbytes", "load_in_8bit": True})
+    assert asked_as_dict.llm_int8_skip_modules == completed.llm_int8_skip_modules
+    for ours in (None, {"quant_method": "chatglm", "bits": 8}):
+        assert quantization.complete_settings_of_others(ours) is ours
