@@ -111,7 +111,7 @@ class GrowingLayer(DynamicLayer):
 def give_room(layer: DynamicLayer) -> GrowingLayer:
     """The same layer, with room for what comes next."""
     grown = GrowingLayer()
-    vars(grown).update(vars(layer))
+    grown.__dict__.update(layer.__dict__)
     return grown
 
 
