@@ -46,7 +46,7 @@ from .generation_published import unpack_encoding
 
 @dataclass(frozen=True)
 class PictureRows:
-    """Where the places of rows with pictures come from, each tensor `[batch, places]`."""
+    """Where the places of rows with pictures come from, each tensor `[batch, places]` unless it says otherwise."""
 
     # The columns of the ids; -1 is padding that makes rows with and without a picture equally long.
     columns: torch.Tensor
@@ -54,6 +54,13 @@ class PictureRows:
     is_picture: torch.Tensor
     # The vectors behind the first of the N, at which positions stand still.
     is_surplus: torch.Tensor
+    # The place where the picture of each row begins, `[batch]`; -1 in a row without one.
+    begins: torch.Tensor
+    # How many ids there were in a row.
+    length: int
+    num_pictures: int
+    # The place behind the last picture; 0 if there is none.
+    end: int
 
     def spread(self, values: torch.Tensor, padding: int, patches: int | None = None) -> torch.Tensor:
         """Values `[batch, length]` of the ids, or of them and what came before, at the places.
@@ -71,27 +78,6 @@ class PictureRows:
             is_patch = self.is_picture & self.is_picture.roll(1, 1) & self.is_picture.roll(-1, 1)
             spread = spread.masked_fill(is_patch.to(values.device), patches)
         return torch.cat((before, spread), dim=1)
-
-    @property
-    def length(self) -> int:
-        """How many ids there were in a row."""
-        return int(self.columns.max()) + 1
-
-    @property
-    def num_pictures(self) -> int:
-        return int(self.is_picture.any(1).sum())
-
-    @property
-    def end(self) -> int:
-        """The place behind the last picture; 0 if there is none."""
-        return int(
-            (self.is_picture.any(0) * torch.arange(1, self.is_picture.shape[1] + 1).to(self.is_picture.device)).max()
-        )
-
-    @property
-    def begins(self) -> torch.Tensor:
-        """The place where the picture of each row begins, `[batch]`; -1 in a row without one."""
-        return self.is_picture.int().argmax(1).masked_fill(~self.is_picture.any(1), -1)
 
     def check_number(self, features: torch.Tensor, config: PreTrainedConfig) -> None:
         """Raise a `ValueError` if there are more pictures than rows that have room for one, or fewer."""
@@ -165,7 +151,7 @@ def lay_out_pictures(config: PreTrainedConfig, input_ids: torch.Tensor) -> Pictu
         spans.append(span)
     num_places = max(len(columns) for columns in rows)
     is_picture = torch.zeros(len(rows), num_places, dtype=torch.bool)
-    is_surplus = is_picture.clone()
+    is_surplus, begins, end_of_all = is_picture.clone(), torch.full((len(rows),), -1), 0
     for row, (columns, span) in enumerate(zip(rows, spans)):
         num_padding = num_places - len(columns)
         columns[:0] = [-1] * num_padding
@@ -173,8 +159,17 @@ def lay_out_pictures(config: PreTrainedConfig, input_ids: torch.Tensor) -> Pictu
             begin, end = (column + num_padding for column in span)
             is_picture[row, begin : end + 1] = True
             is_surplus[row, begin + 2 : end] = True
-    tensors = (torch.tensor(rows), is_picture, is_surplus)
-    return PictureRows(*(tensor.to(input_ids.device) for tensor in tensors))
+            begins[row], end_of_all = begin, max(end_of_all, end + 1)
+    device = input_ids.device
+    return PictureRows(
+        columns=torch.tensor(rows, device=device),
+        is_picture=is_picture.to(device),
+        is_surplus=is_surplus.to(device),
+        begins=begins.to(device),
+        length=input_ids.shape[1],
+        num_pictures=len(spans) - spans.count(None),
+        end=end_of_all,
+    )
 
 
 def expand_mask(
@@ -410,15 +405,31 @@ class PictureGenerationMixin(PictureModelMixin, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, *args: Any, pictures: PlacedPictures | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        cache = kwargs.get("past_key_values")
-        if pictures is None or (cache is not None and not kwargs.get("is_first_iteration")):
-            return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        first_place = self._count_cached(cache)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        # A static cache counts on the device, for which a single step behind the prompt does not wait.
+        is_step = not kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") == 1
+        if pictures is None or (is_step and getattr(cache, "is_compileable", False)):
+            return inputs
+        first_place = self._count_cached(cache)
         if first_place < pictures.end:
             embeds = self.get_input_embeddings()(inputs["input_ids"])
             inputs["inputs_embeds"], inputs["input_ids"] = pictures.put_into(embeds, first_place), None
         return inputs
+
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching, for text alone.
+
+        Raises:
+            ValueError: for pictures, and for ids with room for one, which would be read as words.
+        """
+        # CODEPATH: glm-4v-9b has eyes; the others read text alone.
+        has_room = self.base_model.vision is not None and any(self.config.boi_token_id in ids for ids in inputs)
+        if has_room or any(kwargs.get(name) is not None for name in ("pixel_values", "images", "image_features")):
+            raise ValueError(
+                "`generate_batch` reads no pictures. Use `generate` with a padded batch, or `batch_chat`."
+            )
+        return super().generate_batch(inputs, *args, **kwargs)
 
     def _count_cached(self, cache: Any) -> int:
         """How many places are in a cache, without a P-tuning prefix."""

@@ -49,7 +49,9 @@ class ChatGLMPatchEmbedding(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.proj(pixel_values).flatten(2).transpose(1, 2)
         classes = self.cls_embedding.expand(len(patches), -1, -1)
-        return torch.cat((classes, patches), dim=1) + self.position_embedding.weight
+        # The module is called, as it may be offloaded: then there is no weight until it is.
+        positions = torch.arange(patches.shape[1] + 1, device=patches.device)
+        return torch.cat((classes, patches), dim=1) + self.position_embedding(positions)
 
 
 class ChatGLMVisionAttention(nn.Module):

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, CompileConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
 
 
@@ -215,6 +215,25 @@ def test_static_cache_by_hand(model: PreTrainedModel, mixed: dict[str, torch.Ten
     expected = logits_of(model, **mixed)
     cache = StaticCache(config=model.config, max_cache_len=expected.shape[1] + 8)
     assert_near(logits_of(model, **mixed, past_key_values=cache, use_cache=True)[:, -1], expected[:, -1])
+
+
+@pytest.mark.grid
+def test_compiled_steps_follow_a_picture(model: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
+    """One graph without a break for all steps behind the prompt."""
+    graphs = []
+
+    def keep(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    options = CompileConfig(backend=keep, fullgraph=True, mode=None, dynamic=False)
+    static = {"cache_implementation": "static", "compile_config": options}
+    assert answer(model, prompt, **static) == answer(model, prompt)
+    assert len(graphs) == 1
+    compiled = torch.compile(model.transformer.vision, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        features = model.get_image_features(prompt["images"]).pooler_output
+        assert_near(compiled(prompt["images"]).pooler_output, features)
 
 
 def test_eager_equals_sdpa(case_folder: Named, model: PreTrainedModel, mixed: dict[str, torch.Tensor]) -> None:
