@@ -173,8 +173,10 @@ class ChatGLMGenerationMixin(GenerationMixin):
             # Under their own name, the library would count both rows on, and repeat the second dimension for beams.
             kwargs["prompt_position_ids"] = kwargs.pop("position_ids", None)
         if kwargs.get("temperature") == 0 or kwargs.get("do_sample") is False:
-            # `None` also silences what a generation_config.json says about sampling.
-            kwargs.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+            # `None` also silences what a generation_config.json says about sampling. Contrastive search has a use for it.
+            kwargs.update(do_sample=False, temperature=None, top_p=None)
+            if not kwargs.get("penalty_alpha"):
+                kwargs["top_k"] = None
         if kwargs.get("max_length") is None and self._setting("max_new_tokens", kwargs, generation_config) is None:
             kwargs.pop("max_length", None)
         logits_processor = LogitsProcessorList([*(logits_processor or []), NotANumberCheck(self.dtype)])

@@ -25,6 +25,7 @@ What is unusual here:
 
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -398,6 +399,7 @@ class ChatGLMEncoder(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
+        self.config = config
         self.head_dim, self.rotary_interleaved = config.head_dim, config.rotary_interleaved
         self.layers = nn.ModuleList([ChatGLMBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         # CODEPATH: every published checkpoint has the final norm; models trained without it take the else.
@@ -412,7 +414,8 @@ class ChatGLMEncoder(nn.Module):
         tables = None
         if position_embeddings is not None:
             tables = spread_rotary_tables(*position_embeddings, self.head_dim, self.rotary_interleaved)
-        for layer in self.layers:
+        # The library drafts with the first layers alone by writing fewer of them here (`assistant_early_exit`).
+        for layer in islice(self.layers, self.config.num_hidden_layers):
             hidden_states = layer(hidden_states, position_embeddings=tables, **kwargs)
         return self.final_layernorm(hidden_states)
 

@@ -459,7 +459,9 @@ class PrefixModelMixin:
 
     def put_prefix(self, cache: Cache, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Put the prefix into an empty cache."""
-        for layer_idx, (keys, values) in enumerate(self.make_prefix(batch_size, dtype, device)):
+        # Fewer layers while the first of them draft alone (`assistant_early_exit`).
+        layers = range(self.config.num_hidden_layers)
+        for layer_idx, (keys, values) in zip(layers, self.make_prefix(batch_size, dtype, device)):
             cache.update(keys, values, layer_idx)
         if cache.is_compileable:
             cache.holds_prefix, cache.reset = True, PrefixReset(cache)

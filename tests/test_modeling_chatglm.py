@@ -13,7 +13,6 @@
 # limitations under the License.
 """What must hold for the decoder whatever its weights are: the same answer by every way of computing it."""
 
-import copy
 import math
 import os
 import shutil
@@ -30,7 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
-    ContinuousBatchingConfig,
     DynamicCache,
     PreTrainedModel,
     StaticCache,
@@ -291,30 +289,6 @@ def test_chunked_prefill_equals_whole(tiny_model: ModelMaker) -> None:
     model, ids = tiny_model(), prompt(2, 23)
     greedy = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": 98}
     assert torch.equal(model.generate(ids, prefill_chunk_size=5, **greedy), model.generate(ids, **greedy))
-
-
-@pytest.mark.parametrize("way", ["prompt_lookup", "assisted"])
-def test_speculative_decoding_equals_greedy(tiny_model: ModelMaker, way: str) -> None:
-    model, ids = tiny_model(), prompt(1, 8).repeat(1, 3)
-    greedy = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": 98}
-    drafts = (
-        {"prompt_lookup_num_tokens": 4} if way == "prompt_lookup" else {"assistant_model": tiny_model(num_layers=1)}
-    )
-    assert torch.equal(model.generate(ids, **greedy, **drafts), model.generate(ids, **greedy))
-
-
-def test_continuous_batching_equals_generate(tiny_model: ModelMaker) -> None:
-    model = tiny_model(seq_length=512)
-    prompts = [row[:length].tolist() for row, length in zip(prompt(3, 20), (20, 3, 11))]
-    greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 98, "pad_token_id": 0}
-    config = copy.deepcopy(model.generation_config)
-    config.update(**greedy)
-    # By default the library takes most of the machine's free memory for the cache.
-    few = ContinuousBatchingConfig(num_blocks=16)
-    results = model.generate_batch(prompts, config, continuous_batching_config=few)
-    batched = [results[key].generated_tokens for key in sorted(results, key=lambda key: int(key.split("_")[-1]))]
-    alone = [model.generate(torch.tensor([ids]), **greedy)[0, len(ids) :].tolist() for ids in prompts]
-    assert batched == alone
 
 
 def test_logits_to_keep(tiny_model: ModelMaker) -> None:

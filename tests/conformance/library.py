@@ -27,7 +27,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.models.auto import modeling_auto
+from transformers.models.auto import modeling_auto, tokenization_auto
 
 
 # Most tests called slow there are not slow on models of this size. Read on import.
@@ -43,13 +43,19 @@ NOT_SHIPPED = {
         "config_common_kwargs": {"output_hidden_states": True, "dtype": "float16", "id2label": {0: "label"}}
     },
 }
+# What the library's tests look up by the name of a class.
 HEADS = {
-    "ChatGLMModel": (AutoModel, "MODEL_MAPPING_NAMES"),
-    "ChatGLMForConditionalGeneration": (AutoModelForCausalLM, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
-    "ChatGLMForSequenceClassification": (
-        AutoModelForSequenceClassification,
-        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_MAPPING_NAMES": ("ChatGLMModel",),
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": ("ChatGLMForConditionalGeneration",),
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": (
+        "ChatGLMForSequenceClassification",
+        "GLMForSequenceClassification",
     ),
+}
+AUTO_CLASSES = {
+    AutoModel: "ChatGLMModel",
+    AutoModelForCausalLM: "ChatGLMForConditionalGeneration",
+    AutoModelForSequenceClassification: "ChatGLMForSequenceClassification",
 }
 
 
@@ -83,9 +89,14 @@ def register() -> None:
     config = load_class("configuration_chatglm.ChatGLMConfig")
     AutoConfig.register(config.model_type, config)
     AutoTokenizer.register(config, fast_tokenizer_class=load_class("tokenization_chatglm.ChatGLMTokenizer"))
-    for head, (auto_class, names) in HEADS.items():
-        auto_class.register(config, load_class(f"modeling_chatglm.{head}"))
-        getattr(modeling_auto, names)[config.model_type] = head
+    # A file that names its class is read by that one.
+    tokenization_auto.REGISTERED_TOKENIZER_CLASSES["ChatGLM4Tokenizer"] = load_class(
+        "tokenization_chatglm.ChatGLM4Tokenizer"
+    )
+    for auto_class, name in AUTO_CLASSES.items():
+        auto_class.register(config, load_class(f"modeling_chatglm.{name}"))
+    for names, heads in HEADS.items():
+        getattr(modeling_auto, names)[config.model_type] = heads
 
 
 add_package()
