@@ -117,8 +117,11 @@ def compare_on_hostile_chats(tokenizer: PreTrainedTokenizerBase, count: int) -> 
     special = {
         token: tokenizer.convert_tokens_to_ids(token) for token in chat_format.marked_tokens if token != "<unk>"
     }
-    messages = 0
+    messages, rng = 0, random.Random(1)
     for chat in hostile_chats(random.Random(0), not chat_format.uses_pairs, count):
+        # A conversation of GLM-4V may have one.
+        if chat_format.picture_tokens and rng.random() < 0.4:
+            rng.choice(chat)["image"] = True
         ends_with_answer = chat[-1]["role"] == "assistant"
         options: list[dict[str, Any]] = [{}]
         options += [{"continue_final_message": True}] if ends_with_answer else []
@@ -135,7 +138,7 @@ def compare_on_hostile_chats(tokenizer: PreTrainedTokenizerBase, count: int) -> 
     assert messages > 2 * count
 
 
-@pytest.mark.parametrize("name", GENERATION_CASES)
+@pytest.mark.parametrize("name", [*GENERATION_CASES, "glm4v"])
 def test_hostile_messages(case_tokenizer: Callable[[str], Any], name: str) -> None:
     compare_on_hostile_chats(case_tokenizer(name), 300)
 
