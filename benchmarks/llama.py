@@ -18,6 +18,7 @@ of the one type.
 """
 
 import ctypes
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,14 @@ from typing import Any
 import numpy as np
 
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+
 try:
+    import export_gguf
     import gguf
     import llama_cpp
 except (ImportError, OSError, RuntimeError):  # not installed, or its library does not load
-    gguf = llama_cpp = None
+    export_gguf = gguf = llama_cpp = None
 
 # Our width -> name in GGUF.
 TYPES = {16: "F16", 8: "Q8_0", 4: "Q4_0"}
@@ -54,52 +58,20 @@ def random_matrix(kind: Any, rows: int, columns: int) -> np.ndarray:
     return np.resize(part, (rows, columns // block_size * block_bytes))
 
 
-def write_model(path: Path, config: Any, bits: int) -> None:
-    """Write a GGUF file of the shape that one of our configurations says."""
+def write_model(path: Path, model: Any, bits: int) -> None:
+    """Write a GGUF file of the shape of one of our models, which may be on the meta device."""
     writer = gguf.GGUFWriter(path, "chatglm")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim // 2)
-    writer.add_vocab_size(config.vocab_size)
+    export_gguf.add_network(writer, model.config)
     writer.add_tokenizer_model("none")
     kind = gguf.GGMLQuantizationType[TYPES[bits]]
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    all_heads = queries + 2 * config.num_key_value_heads * config.head_dim
+    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     # Tensors of one shape are one in memory: only the file has to hold them all.
-    matrices = {
-        shape: random_matrix(kind, *shape)
-        for shape in (
-            (config.vocab_size, hidden),
-            (all_heads, hidden),
-            (hidden, queries),
-            (2 * inner, hidden),
-            (hidden, inner),
-        )
-    }
-
-    def add_matrix(name: str, rows: int, columns: int) -> None:
-        writer.add_tensor(f"{name}.weight", matrices[rows, columns], raw_dtype=kind)
-
-    def add_vector(name: str, size: int) -> None:
-        writer.add_tensor(name, np.ones(size, np.float32))
-
-    for name in ("token_embd", "output"):
-        add_matrix(name, config.vocab_size, hidden)
-    add_vector("output_norm.weight", hidden)
-    for layer in range(config.num_hidden_layers):
-        add_vector(f"blk.{layer}.attn_norm.weight", hidden)
-        add_vector(f"blk.{layer}.ffn_norm.weight", hidden)
-        add_vector(f"blk.{layer}.attn_qkv.bias", all_heads)
-        add_matrix(f"blk.{layer}.attn_qkv", all_heads, hidden)
-        add_matrix(f"blk.{layer}.attn_output", hidden, queries)
-        add_matrix(f"blk.{layer}.ffn_up", 2 * inner, hidden)  # the gate above it
-        add_matrix(f"blk.{layer}.ffn_down", hidden, inner)
+    matrices = {shape: random_matrix(kind, *shape) for shape in set(shapes.values()) if len(shape) == 2}
+    for name, new_name in export_gguf.tensor_names(shapes, model.config.num_hidden_layers).items():
+        if len(shapes[name]) == 2:
+            writer.add_tensor(new_name, matrices[shapes[name]], raw_dtype=kind)
+        else:
+            writer.add_tensor(new_name, np.ones(shapes[name], np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -139,9 +139,9 @@ class LlamaEngine:
     """llama.cpp on a file that is written here."""
 
     def __init__(self, arguments: argparse.Namespace, weights: Weights, folder: str) -> None:
-        config = build_slice(arguments.layers, torch.bfloat16, "meta", vocab_size=arguments.vocab).config
+        model = build_slice(arguments.layers, torch.bfloat16, "meta", vocab_size=arguments.vocab)
         path = Path(folder) / f"{llama.TYPES[weights.bits]}.gguf"
-        llama.write_model(path, config, weights.bits)
+        llama.write_model(path, model, weights.bits)
         self.before = memory_bytes("VmRSS") or 0
         self.model = llama.LlamaModel(path, arguments.threads)
         self.steps: dict[str, Callable[[], Any]] = {}

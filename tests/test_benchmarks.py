@@ -164,8 +164,8 @@ def test_the_table_puts_ratios_first() -> None:
 @pytest.mark.skipif(llama.version() is None, reason="llama.cpp is not installed (requirements/peers.txt)")
 @pytest.mark.parametrize("bits", llama.TYPES)
 def test_llama_loads_a_model_of_the_same_shape(tmp_path: Any, bits: int) -> None:
-    config = build_slice(2, torch.float32, "meta", **{**SMALL, "intermediate_size": 128}).config
-    llama.write_model(tmp_path / "model.gguf", config, bits)
+    shape = build_slice(2, torch.float32, "meta", **{**SMALL, "intermediate_size": 128})
+    llama.write_model(tmp_path / "model.gguf", shape, bits)
     model = llama.LlamaModel(tmp_path / "model.gguf", threads=1)
     for make in (lambda: model.decode_step(3, prompt=4, tokens=2), lambda: model.prefill_step(9)):
         step = make()
