@@ -61,6 +61,9 @@ from .configuration_generations import (
 from .configuration_vision import VisionSettings
 
 
+# What only models with eyes have.
+VISION_KEYS = ("vision_config", "boi_token_id", "eoi_token_id")
+
 # The version of these files, all of them together.
 __version__ = "0.2.0"
 
@@ -456,7 +459,15 @@ class ChatGLMConfig(PreTrainedConfig):
             local = {name: value for name, value in auto_map.items() if str(value).split("--")[-1] != own.get(name)}
             config_dict["auto_map"] = {**own, **local}
         published_keys = self.features.published_keys
-        return {published_keys.get(key, key): value for key, value in config_dict.items()}
+        config_dict = {published_keys.get(key, key): value for key, value in config_dict.items()}
+        # vLLM (0.32) takes any file with the first of these keys for one of a model that sees, whatever its value.
+        if self.vision_config is None:
+            config_dict = {key: value for key, value in config_dict.items() if key not in VISION_KEYS}
+        # CODEPATH: chatglm2 and its successors have a key that vLLM cannot do without; chatglm-6b has not.
+        if self.rotary_interleaved:
+            config_dict.setdefault("original_rope", True)
+        # llama.cpp's converter reads it beside the published name.
+        return {**config_dict, "vocab_size": self.vocab_size}
 
 
 __all__ = [
