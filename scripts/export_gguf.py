@@ -138,7 +138,9 @@ def add_weights(writer: gguf.GGUFWriter, weights: Mapping[str, torch.Tensor], nu
     names = tensor_names(weights, num_layers)
     kinds = {name: tensor_type(tensor.shape, TYPES[kind]) for name, tensor in weights.items()}
     for name, tensor in weights.items():
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, kinds[name]) if kind_is_packed(kinds[name]) else tensor.shape
+        shape = (
+            gguf.quant_shape_to_byte_shape(tensor.shape, kinds[name]) if kind_is_packed(kinds[name]) else tensor.shape
+        )
         num_blocks = tensor.numel() // gguf.GGML_QUANT_SIZES[kinds[name]][0]
         num_bytes = num_blocks * gguf.GGML_QUANT_SIZES[kinds[name]][1]
         dtype = np.dtype(np.float16 if kinds[name] == gguf.GGMLQuantizationType.F16 else np.float32)
@@ -162,7 +164,14 @@ def control_names(tokenizer: Any) -> dict[str, str]:
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
-    """Write the tokens with their types and what merges them, the stop tokens and the chat template."""
+    """Write the tokens with their types and what merges them, the stop tokens and the chat template.
+
+    Raises:
+        ValueError: for more tokens than the model has.
+    """
+    last = max(tokenizer.get_vocab().values())
+    if last >= vocab_size:
+        raise ValueError(f"the tokenizer has ids up to {last} and the model {vocab_size} tokens.")
     control = control_names(tokenizer)
     tokens = {index: f"[PAD{index}]" for index in range(vocab_size)}
     kinds = dict.fromkeys(tokens, gguf.TokenType.UNUSED)

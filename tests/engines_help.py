@@ -45,6 +45,8 @@ SIZES = {
     "seq_length": 1024,
     "max_sequence_length": 1024,
 }
+# Embeddings of the published checkpoints, whose vocabularies may take the place of the small ones.
+PUBLISHED_SIZES = {"chatglm2": 65024, "chatglm3": 65024, "glm4": 151552}
 # What encodings have to agree on: both scripts, spaces, control tokens and parts of them, bytes of rare characters.
 TEXTS = [
     "你好，世界！",
@@ -84,6 +86,7 @@ def published_folder(target: Path, case: str, vocabulary: Path | None = None, **
     config = json.loads((source / "config.json").read_text("utf-8"))
     config |= {key: value for key, value in SIZES.items() if key in config} | changes
     if vocabulary is not None:
+        config["padded_vocab_size"] = PUBLISHED_SIZES[case]
         for file in vocabulary.glob("*.model"):
             shutil.copyfile(file, target / file.name)
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")

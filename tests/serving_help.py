@@ -17,14 +17,14 @@ import contextlib
 import socket
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import bundled_tools
 import pytest
 from conftest import REPOSITORY
+from waiting import wait_until
 
 
 pytest.importorskip("fastapi", reason="needs requirements/serving.txt: make test-programs")
@@ -41,13 +41,6 @@ from serving.models import LoadSettings, Models, ServedModel, load_models  # noq
 
 BUNDLED = REPOSITORY / "examples" / "tiny-chatglm3"
 WEATHER = {"type": "function", "function": bundled_tools.WEATHER}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager
@@ -82,15 +75,6 @@ def serving_folder(folder: Path, limits: Limits | None = None, **settings: Any) 
     )
     with serving(models, metrics, limits) as url:
         yield url, models
-
-
-def wait_until(is_so: Callable[[], bool], seconds: float = 120) -> None:
-    """Wait for something that is bound to happen; the time is there for what never does."""
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        if time.monotonic() > deadline:
-            pytest.fail(f"did not happen within {seconds} seconds")
-        time.sleep(0.02)
 
 
 class ScriptedEngine:

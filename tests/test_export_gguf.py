@@ -20,6 +20,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ CASES = ["chatglm2", "chatglm2-32k", "chatglm3", "chatglm3-32k", "glm4"]
 ROLE_CASES = [name for name in CASES if RECORDED[name].has_roles]
 # The folders of the published vocabularies, by case.
 VOCABULARIES = ["chatglm2", "chatglm3", "glm4"]
-every_type = pytest.mark.parametrize("kind", export_gguf.TYPES)
+QUERIES = ("你好，世界", "show me the people of the city " * 8)
 
 TOOL = {
     "type": "function",
@@ -138,14 +139,27 @@ def our_greedy(model: PreTrainedModel, ids: list[int], length: int) -> list[int]
     return output[0, len(ids) :].tolist()
 
 
-@every_type
 @pytest.mark.parametrize("name", CASES)
-def test_greedy_tokens(folder: Any, exported: Any, llama: Any, name: str, kind: str) -> None:
+def test_greedy_tokens(folder: Any, exported: Any, llama: Any, name: str) -> None:
     tokenizer = load_tokenizer(folder(name))
-    model = same_numbers(folder(name), exported(name, kind))
-    for query in ("你好，世界", "show me the people of the city " * 8):
+    model = same_numbers(folder(name), exported(name))
+    for query in QUERIES:
         ids = tokenizer.build_chat_input(query)["input_ids"][0].tolist()
-        assert greedy(llama(name, kind), ids, 24) == our_greedy(model, ids, 24)
+        assert greedy(llama(name), ids, 24) == our_greedy(model, ids, 24)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_tokens_of_8_bits(folder: Any, exported: Any, llama: Any, name: str) -> None:
+    """llama.cpp rounds what such a matrix is multiplied with to 8 bits, too: near ties may fall to the other side."""
+    tokenizer = load_tokenizer(folder(name))
+    model = same_numbers(folder(name), exported(name, "q8_0"))
+    for query in QUERIES:
+        ids = tokenizer.build_chat_input(query)["input_ids"][0].tolist()
+        answer = greedy(llama(name, "q8_0"), ids, 24)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert ((logits.amax(-1) - chosen) / logits.std(-1)).max() < 0.05
 
 
 def test_matrices_have_the_type_that_was_asked_for(exported: Any) -> None:
@@ -156,7 +170,9 @@ def test_matrices_have_the_type_that_was_asked_for(exported: Any) -> None:
 
 def check_texts(engine: Any, tokenizer: Any) -> None:
     # GLM-4's published tokenizer takes control tokens from any text, the others from none.
-    takes_control = not tokenizer.backend_tokenizer.encode_special_tokens and "<|user|>" in tokenizer.tokenize("<|user|>")
+    takes_control = not tokenizer.backend_tokenizer.encode_special_tokens and "<|user|>" in tokenizer.tokenize(
+        "<|user|>"
+    )
     for text in TEXTS:
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert engine.tokenize(text.encode(), add_bos=False, special=takes_control) == ids
@@ -171,7 +187,8 @@ def check_chats(engine: Any, tokenizer: Any, has_roles: bool) -> None:
         chats += [{"messages": TOOL_CHAT}, {"messages": TOOL_CHAT, "tools": [TOOL]}]
         chats.append({"messages": PLAIN_CHATS["turns"], "tools": [TOOL]})
     for chat in chats:
-        ids = tokenizer.apply_chat_template(**chat, add_generation_prompt=True)["input_ids"]
+        messages, tools = chat["messages"], chat.get("tools")
+        ids = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)["input_ids"]
         assert engine.tokenize(render(**chat).prompt.encode(), add_bos=False, special=True) == ids
 
 
@@ -185,8 +202,7 @@ def test_texts_and_conversations(folder: Any, llama: Any, name: str) -> None:
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_published_vocabularies(folder: Any, llama: Any, real_tokenizers: Path, name: str) -> None:
     vocabulary = real_tokenizers / name
-    size = {"padded_vocab_size": 151552 if name == "glm4" else 65024}
-    tokenizer = load_tokenizer(folder(name, vocabulary, **size))
+    tokenizer = load_tokenizer(folder(name, vocabulary))
     check_texts(llama(name, "f16", vocabulary), tokenizer)
     check_chats(llama(name, "f16", vocabulary), tokenizer, RECORDED[name].has_roles)
 
@@ -213,17 +229,20 @@ def test_no_message_makes_a_control_token(folder: Any, llama: Any, name: str) ->
     assert count(" ".join(names)) == count("x") > 0
 
 
-def test_answers_of_the_bundled_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", export_gguf.TYPES)
+def test_answers_of_the_bundled_checkpoint(tmp_path: Path, kind: str) -> None:
     bundled = REPOSITORY / "examples" / "tiny-chatglm3"
     path = tmp_path / "model.gguf"
-    assert export_gguf.main([str(bundled), str(path)]) == 0
+    assert export_gguf.main([str(bundled), str(path), "--type", kind]) == 0
     engine = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=1, verbose=False)
     tokenizer, model = load_tokenizer(bundled), same_numbers(bundled, path)
-    for query in ("你好", "你是谁？"):
-        expected, _ = model.chat(tokenizer, query, do_sample=False)
-        answer = engine.create_chat_completion(messages=[{"role": "user", "content": query}], temperature=0.0)
-        assert answer["choices"][0]["message"]["content"].strip() == expected
-        assert answer["choices"][0]["finish_reason"] == "stop"
+    render = Jinja2ChatFormatter(engine.metadata["tokenizer.chat_template"], eos_token="", bos_token="")
+    for query in ("你好", "What is the capital of Italy?"):
+        prompt = render(messages=[{"role": "user", "content": query}]).prompt
+        ids = engine.tokenize(prompt.encode(), add_bos=False, special=True)
+        answer = takewhile(lambda token: token != engine.token_eos(), greedy(engine, ids, 64))
+        # Decoded by our tokenizer: llama-cpp-python (0.3.36) drops pieces of more than 32 bytes, such as this one has.
+        assert tokenizer.decode(list(answer)).strip() == model.chat(tokenizer, query, do_sample=False)[0]
 
 
 def test_a_quantized_checkpoint_is_decoded(tmp_path: Path) -> None:
@@ -244,13 +263,14 @@ def test_a_quantized_checkpoint_is_decoded(tmp_path: Path) -> None:
         ("chatglm1", {}, "it reads its context in both directions, and llama.cpp's `chatglm` is causal"),
         ("chatglm3", {"kv_channels": 16}, "its heads are 4 × 16 wide, which is not the hidden size 128"),
         ("glm4", {"pre_seq_len": 4}, "it has a P-tuning prefix"),
+        ("chatglm2", {"padded_vocab_size": 480}, "the tokenizer has ids up to 484 and the model 480 tokens"),
     ],
 )
 def test_refusals(folder: Any, tmp_path: Path, capsys: Any, name: str, changes: Any, reason: str) -> None:
     path = tmp_path / "model.gguf"
     assert export_gguf.main([str(folder(name, **changes)), str(path)]) == 2
     error = capsys.readouterr().err
-    assert re.match(r"error: llama\.cpp cannot run this checkpoint: .*\.$", error) and reason in error
+    assert re.match(r"error: .*\.$", error) and reason in error
     assert not path.exists()
 
 

@@ -31,7 +31,8 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from serving_help import BUNDLED, WEATHER, free_port, wait_until
+from serving_help import BUNDLED, WEATHER
+from waiting import free_port, wait_until
 
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))

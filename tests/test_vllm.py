@@ -1,0 +1,325 @@
+# Copyright 2026 The ChatGLM Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""vLLM, the real one, on folders of every generation: `make test-engines`.
+
+It runs in its own environment: `vllm_program.py` does all its jobs in one process, and the server is another.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import bundled_tools
+import pytest
+import torch
+from conftest import REPOSITORY
+from engines_help import upgraded_folder
+from generations import RECORDED
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from waiting import free_port, wait_until
+
+
+pytestmark = pytest.mark.engines
+
+PYTHON = REPOSITORY / ".venv-vllm" / "bin" / "python"
+PLUGIN = REPOSITORY / "examples" / "serving" / "vllm_tool_parser.py"
+BUNDLED = REPOSITORY / "examples" / "tiny-chatglm3"
+CASES = ["chatglm2", "chatglm3", "glm4"]
+LENGTH = 24
+QUERIES = ("你好，世界", "show me the people of the city " * 8)
+TARGETS = (["query_key_value"], ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"])
+CHATS = [
+    [{"role": "user", "content": "Is <|user|> a role? (sop)"}],
+    [
+        {"role": "system", "content": "Be kind.\nAlways."},
+        {"role": "user", "content": "你好"},
+        {"role": "assistant", "content": "  Hi there,\n\nyou"},
+        {"role": "user", "content": " what\n\n now "},
+    ],
+]
+WEATHER = {"type": "function", "function": bundled_tools.WEATHER}
+TOOL_CHAT = [
+    {"role": "user", "content": "weather?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "1", "content": '{"t": 18}'},
+    {"role": "user", "content": "and now?"},
+]
+# What answers are made of: text, calls in both forms, several parts, and what is none of it.
+ANSWERS = [
+    "\n 你好！",
+    "get_weather\n ```python\ntool_call(city='北京', days=2)\n```",
+    'get_weather\n{"city": "北京"}',
+    "\n Let me see.<|assistant|>get_weather\n ```python\ntool_call(city='Rome')\n```",
+    "get_weather\n ```python\ntool_call(city=__import__('os').getcwd())\n```",
+    "get_weather\n{not JSON",
+    "interpreter\n ```python\nprint(1)\n```",
+    "<|assistant|><|assistant|>",
+    "",
+]
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    # GiB of the cache; by default it takes most of the machine.
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # One process for the engine and what asks it.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, Any]:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+
+def chats_of(name: str) -> list[dict[str, Any]]:
+    chats: list[dict[str, Any]] = [{"messages": chat} for chat in CHATS]
+    return chats + [{"messages": TOOL_CHAT, "tools": [WEATHER]}] * RECORDED[name].has_roles
+
+
+def greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    settings = {"do_sample": False, "max_new_tokens": LENGTH, "max_length": None, "eos_token_id": []}
+    outputs = [model.generate(input_ids=torch.tensor([ids]), **settings)[0, len(ids) :] for ids in prompts]
+    return [output.tolist() for output in outputs]
+
+
+class Jobs:
+    """What vLLM is to do, and what this repository does with the same."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.jobs: dict[str, Any] = {}
+        self.expected: dict[str, Any] = {}
+
+    def add_case(self, name: str) -> None:
+        """A folder after the upgrade, with adapters, and the same folder saved by us."""
+        folder = upgraded_folder(self.place / name, name)
+        model, tokenizer = load(folder)
+        prompts = [tokenizer.build_chat_input(query)["input_ids"][0].tolist() for query in QUERIES]
+        saved = self.place / f"{name}-saved"
+        model.save_pretrained(saved)
+        tokenizer.save_pretrained(saved)
+        expected: dict[str, Any] = {"greedy": greedy(model, prompts), "adapters": []}
+        chats = chats_of(name)
+        expected["chats"] = [
+            tokenizer.apply_chat_template(chat["messages"], tools=chat.get("tools"), add_generation_prompt=True)[
+                "input_ids"
+            ]
+            for chat in chats
+        ]
+        adapters = []
+        for number, targets in enumerate(TARGETS):
+            torch.manual_seed(number)
+            adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=targets)).eval()
+            with torch.no_grad():
+                for weight_name, weight in adapted.named_parameters():
+                    if "lora_" in weight_name:
+                        weight.normal_(std=0.2)
+            adapters.append(str(self.place / f"{name}-adapter-{number}"))
+            adapted.save_pretrained(adapters[-1])
+            expected["adapters"].append(greedy(adapted, prompts))
+            model = adapted.unload()
+        settings = {"enable_lora": True, "max_lora_rank": 8}
+        job = {"prompts": prompts, "chats": chats, "length": LENGTH}
+        self.jobs[name] = {**job, "folder": str(folder), "settings": settings, "adapters": adapters}
+        self.jobs[f"{name}-saved"] = {**job, "folder": str(saved)}
+        self.jobs[f"{name}-parser"] = {
+            "folder": str(saved),
+            "plugin": str(PLUGIN),
+            "answers": [[answer, tools] for answer in ANSWERS for tools in (None, [WEATHER])],
+        }
+        self.expected[name] = self.expected[f"{name}-saved"] = expected
+
+    def add_refused(self) -> None:
+        first = str(upgraded_folder(self.place / "chatglm1", "chatglm1"))
+        self.jobs["chatglm1"] = {"folder": first}
+        quantized = self.place / "int8"
+        model, tokenizer = load(self.place / "chatglm3")
+        model.quantize(8).save_pretrained(quantized)
+        tokenizer.save_pretrained(quantized)
+        self.jobs["int8"] = {"folder": str(quantized)}
+        # Last, as vLLM stumbles over what the code of a model imports (llvmlite), and goes on doing so in this process.
+        self.jobs["chatglm1-transformers"] = {"folder": first, "settings": {"model_impl": "transformers"}}
+
+    def run(self) -> dict[str, Any]:
+        jobs, results = self.place / "jobs.json", self.place / "results.json"
+        jobs.write_text(json.dumps(self.jobs), encoding="utf-8")
+        # A thread for each of torch's settings; what it prints is shown where it fails.
+        program = [str(PYTHON), str(REPOSITORY / "tests" / "vllm_program.py"), str(jobs), str(results)]
+        environment = {**os.environ, **ENVIRONMENT, "HF_MODULES_CACHE": str(self.place / "modules")}
+        done = subprocess.run(program, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return dict(json.loads(results.read_text("utf-8")))
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    if not PYTHON.is_file():
+        pytest.skip("needs .venv-vllm: make test-engines")
+    jobs = Jobs(tmp_path_factory.mktemp("vllm"))
+    for name in CASES:
+        jobs.add_case(name)
+    jobs.add_refused()
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def results(jobs: Jobs) -> dict[str, Any]:
+    return jobs.run()
+
+
+@pytest.mark.parametrize("name", [case + end for case in CASES for end in ("", "-saved")])
+def test_greedy_tokens(jobs: Jobs, results: Any, name: str) -> None:
+    assert "error" not in results[name], results[name]["error"]
+    assert results[name]["greedy"] == jobs.expected[name]["greedy"]
+
+
+@pytest.mark.parametrize("name", [case + end for case in CASES for end in ("", "-saved")])
+def test_chat_encodes_conversations_as_we_do(jobs: Jobs, results: Any, name: str) -> None:
+    assert [chat["prompt"] for chat in results[name]["chats"]] == jobs.expected[name]["chats"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapters(jobs: Jobs, results: Any, name: str) -> None:
+    expected = jobs.expected[name]
+    assert results[name]["adapters"] == expected["adapters"]
+    assert expected["greedy"] not in expected["adapters"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_plugin_reads_answers_as_chat_does(jobs: Jobs, results: Any, name: str) -> None:
+    chat_format = AutoTokenizer.from_pretrained(jobs.jobs[name]["folder"], trust_remote_code=True).chat_format
+    answers = jobs.jobs[f"{name}-parser"]["answers"]
+    num_calls = 0
+    for (answer, tools), read in zip(answers, results[f"{name}-parser"], strict=True):
+        assert (read["text"], read["calls"]) == (read["streamed_text"], read["streamed_calls"])
+        system = [{"role": "system", "content": "", "tools": tools}] if tools else []
+        response, _ = chat_format.read_answer(answer, system)
+        if tools and isinstance(response, dict) and "parameters" in response:
+            num_calls += 1
+            name_and_values = [[call, json.loads(values)] for call, values in read["calls"]]
+            assert name_and_values == [[response["name"], response["parameters"]]]
+        elif isinstance(response, str) and "<|assistant|>" not in answer:
+            assert read["calls"] == [] and response in read["text"]
+        if not tools:
+            assert read["calls"] == []
+    assert (num_calls > 0) == RECORDED[name].has_roles
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("chatglm1", "AttributeError: 'ChatGLMConfig' object has no attribute 'original_rope'"),
+        ("chatglm1-transformers", "AttributeError: '_lib_fn_wrapper' object has no attribute 'get'"),
+        ("int8", ""),
+    ],
+)
+def test_refusals(results: Any, name: str, message: str) -> None:
+    """Not what vLLM should say, but it stops before anything is answered."""
+    assert message in results[name]["error"]
+
+
+class Server:
+    """vLLM's server of the bundled checkpoint, with the plug-in."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        self.port, self.log = free_port(), log
+        words = ["--trust-remote-code", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+        words += ["--enable-auto-tool-choice", "--tool-call-parser", "chatglm", "--tool-parser-plugin", str(PLUGIN)]
+        words += ["--served-model-name", "tiny", "--port", str(self.port), "--host", "127.0.0.1"]
+        command = [str(PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *words]
+        environment = {**os.environ, **ENVIRONMENT, "HF_MODULES_CACHE": str(folder.parent / "modules")}
+        with log.open("w", encoding="utf-8") as output:
+            self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+    def answers(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text("utf-8")[-4000:]
+        try:
+            return bool(self.client.models.list().data)
+        except openai.APIConnectionError:
+            return False
+
+    @property
+    def client(self) -> Any:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
+
+
+openai = pytest.importorskip("openai", reason="needs requirements/engines.txt: make test-engines")
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory: pytest.TempPathFactory, copy_code: Callable[[Path], None]) -> Path:
+    folder = tmp_path_factory.mktemp("bundled") / "tiny-chatglm3"
+    folder.mkdir()
+    for file in BUNDLED.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    copy_code(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(bundled: Path) -> Iterator[Any]:
+    if not PYTHON.is_file():
+        pytest.skip("needs .venv-vllm: make test-engines")
+    server = Server(bundled, bundled.parent / "server.log")
+    try:
+        wait_until(server.answers, seconds=400)
+        yield server.client
+    finally:
+        server.process.terminate()
+        server.process.wait(timeout=60)
+
+
+@pytest.mark.parametrize("question", ["你好", "What is the capital of Italy?", "1加1等于几？"])
+def test_server_answers(client: Any, bundled: Path, question: str) -> None:
+    model, tokenizer = load(bundled)
+    expected, _ = model.chat(tokenizer, question, do_sample=False)
+    messages = [{"role": "user", "content": question}]
+    settings = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 64}
+    choice = client.chat.completions.create(**settings).choices[0]
+    assert (choice.message.content, choice.finish_reason) == (expected, "stop")
+    chunks = list(client.chat.completions.create(**settings, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "streamed"])
+def test_server_calls_tools(client: Any, is_streamed: bool) -> None:
+    question = {"role": "user", "content": "What is the weather like in Paris?"}
+    settings = {"model": "tiny", "tools": [WEATHER], "temperature": 0, "max_tokens": 64}
+    answer = client.chat.completions.create(messages=[question], **settings, stream=is_streamed)
+    if is_streamed:
+        chunks = list(answer)
+        (call,) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+        reason = chunks[-1].choices[0].finish_reason
+    else:
+        (call,), reason = answer.choices[0].message.tool_calls, answer.choices[0].finish_reason
+    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Paris"})
+    assert reason == "tool_calls"
+    function = {"name": call.function.name, "arguments": call.function.arguments}
+    called = {"role": "assistant", "tool_calls": [{"id": call.id, "type": "function", "function": function}]}
+    result = {"role": "tool", "tool_call_id": call.id, "content": '{"temperature": 18, "condition": "cloudy"}'}
+    final = client.chat.completions.create(messages=[question, called, result], **settings).choices[0]
+    assert final.message.content == bundled_tools.CLOUDY
