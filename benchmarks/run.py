@@ -32,6 +32,7 @@ QUICK = {
     "finetune": ["--layers=1", "--length=16", "--rounds=1"],
     "finetune_memory": ["--layers=2", "--lengths=1024"],
     "peers": ["--layers=1", "--vocab=8192", "--batches", "1", "4", "--prefill=64", "--steps=2", "--rounds=3"],
+    "pictures": ["--layers=1", "--vision-layers=1", "--vocab=8192", "--image-size=280", "--tokens=3"],
     "prefill_memory": ["--lengths", "2048", "4096"],
     "quantized": ["--layers=1", "--vocab=8192", "--rows=1", "--prompt=32", "--tokens=8", "--rounds=2"],
     "revisions": ["--layers=1", "--weights", "int4", "--dtypes", "float16", "--batches=1", "--tokens=4", "--loads=1"],

@@ -195,6 +195,16 @@ def case_tokenizer(case_folder: Callable[[str], Path]) -> Callable[[str], PreTra
     return tokenizer
 
 
+@pytest.fixture
+def looks(case_model: Callable[[str], PreTrainedModel]) -> Iterator[list[int]]:
+    """How many pictures each call of the tower of the case `glm4v` was given."""
+    seen: list[int] = []
+    vision = case_model("glm4v").transformer.vision
+    hook = vision.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    yield seen
+    hook.remove()
+
+
 @pytest.fixture(scope="session")
 def source() -> Iterator[Callable[[str], ModuleType]]:
     """Imports one of the repository's own files: `source("conversation_chatglm")`."""

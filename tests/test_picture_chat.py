@@ -13,7 +13,7 @@
 # limitations under the License.
 """Does `chat` see pictures, in any turn, alone or in a batch, with and without a cache?"""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -44,15 +44,6 @@ def pictures(case: Named) -> dict[str, Image.Image]:
     return {
         name: Image.open(recorded.files / recorded.expected["preprocess"][name]["file"]) for name in ("wide", "square")
     }
-
-
-@pytest.fixture
-def looks(model: PreTrainedModel) -> Iterator[list[int]]:
-    """How many pictures each call of the tower was given."""
-    seen: list[int] = []
-    hook = model.transformer.vision.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
-    yield seen
-    hook.remove()
 
 
 def user(text: str, picture: Any = None) -> dict[str, Any]:
@@ -121,6 +112,7 @@ def test_a_cache_knows_its_picture(
         del looks[:]
         assert model.chat(tokenizer, query, past_key_values=cache, **options)[0] == expected
         assert looks == [1] * (name is not None)
+        assert (cache.picture_surplus is not None) == (name is not None)
     # A stream that is given up leaves a cache of use.
     stream = model.stream_chat(tokenizer, user("Well?", pictures["wide"]), past_key_values=cache, **options)
     next(stream)

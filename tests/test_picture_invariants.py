@@ -14,7 +14,7 @@
 """One picture, one answer: the same by every way of computing it."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,15 +64,6 @@ def mixed(prompt: dict[str, torch.Tensor], recorded: Any) -> dict[str, torch.Ten
         "attention_mask": torch.stack([(torch.arange(length) >= length - len(row)).long() for row in rows]),
         "images": torch.stack(images),
     }
-
-
-@pytest.fixture
-def looks(model: PreTrainedModel) -> Iterator[list[int]]:
-    """How many pictures each call of the tower was given."""
-    seen: list[int] = []
-    hook = model.transformer.vision.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
-    yield seen
-    hook.remove()
 
 
 def expanded(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -172,6 +163,16 @@ def test_a_picture_behind_a_cache(model: PreTrainedModel, recorded: Any, looks: 
         model.generate(ids, images=images, past_key_values=cache, do_sample=False, max_new_tokens=1)
         cache.crop(length - cache.get_seq_length())
         assert answer(model, {"input_ids": ids, "images": images}, past_key_values=cache) == expected
+
+
+def test_a_picture_among_the_new_ids(model: PreTrainedModel, recorded: Any) -> None:
+    """The text before it is in the cache, and not given again but for the mask."""
+    ids, images = recorded.tensors["later.input_ids"], recorded.tensors["pixels.wide"][None]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+    inputs = {"input_ids": ids[:, 20:], "images": images, "attention_mask": torch.ones_like(ids)}
+    assert answer(model, inputs, past_key_values=cache) == answer(model, {"input_ids": ids, "images": images})
 
 
 def test_what_generate_refuses(model: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
