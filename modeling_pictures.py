@@ -397,6 +397,11 @@ class PictureGenerationMixin(PictureModelMixin, GenerationMixin):
                     f"{rows.num_pictures} rows of the ids have room for a picture ({self.config.boi_token_id}, ..., "
                     f"{self.config.eoi_token_id}), and none was given: give `images`, as `apply_chat_template` returns them."
                 )
+            # PEFT puts a method of its own in the place of this model's, and gives embeddings of the ids alone.
+            if hasattr(getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None), "get_prompt"):
+                raise ValueError(
+                    "A soft prompt of PEFT does not go with pictures. Use LoRA, or P-tuning v2 (`pre_seq_len`)."
+                )
             rows.check_number(features, self.config)
             num_before = mask.shape[1] - rows.columns.shape[1]
             kwargs["pictures"] = PlacedPictures(features, torch.where(rows.begins < 0, -1, rows.begins + num_before))

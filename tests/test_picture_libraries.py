@@ -23,7 +23,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -165,6 +166,23 @@ def test_lora_on_the_text_part(case_folder: Named, inputs: Inputs, case: Named) 
     merged = model.merge_and_unload()
     assert_near(last_logits(merged, inputs), adapted, 1e-4)
     assert answer(merged, inputs) == expected
+
+
+def test_soft_prompts_of_peft_are_refused(
+    case_folder: Named, case_tokenizer: Named, model: PreTrainedModel, inputs: Inputs
+) -> None:
+    text = {"input_ids": inputs["input_ids"][1:, -5:], "attention_mask": inputs["attention_mask"][1:, -5:]}
+    adapted = get_peft_model(
+        load(case_folder("glm4v")), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
+    assert adapted.generate(**text, do_sample=False, max_new_tokens=2, min_new_tokens=2).shape == (1, 7)
+    with pytest.raises(ValueError, match="A soft prompt of PEFT does not go with pictures"):
+        adapted.generate(**inputs, max_new_tokens=2)
+    with pytest.raises(ValueError, match="Pictures go with `input_ids`"):
+        adapted(**inputs)
+    with pytest.raises(ValueError, match="A soft prompt of PEFT does not go with pictures"):
+        adapted.chat(case_tokenizer("glm4v"), "Look", image=Image.new("RGB", (4, 4)))
+    assert answer(adapted.get_base_model(), inputs) == answer(model, inputs)
 
 
 def test_a_prefix_stands_before_pictures(case_folder: Named, inputs: Inputs, case: Named) -> None:
