@@ -48,7 +48,14 @@ except ImportError as error:
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict, load_image
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+    load_image,
+)
 from transformers.processing_utils import ImagesKwargs
 
 from .configuration_generations import PREPROCESSOR_AUTO_MAP
@@ -109,12 +116,13 @@ def open_picture(source: str | os.PathLike[str]) -> Image.Image:
         raise ValueError(f"The picture {shown} cannot be read: {error}") from error
 
 
-def as_rgb(image: Any) -> Image.Image:
+def as_rgb(image: Any, input_data_format: Any = None) -> Image.Image:
     """A picture of any kind as RGB.
 
     Args:
         image: of Pillow, in any mode (of an animation, the frame that it stands at), or an array or tensor with
-            channels first or last.
+            one, three or four channels, first or last.
+        input_data_format: `"channels_first"` or `"channels_last"`, where the sizes of an array do not tell.
 
     Raises:
         ValueError: for a picture with too many pixels or none, and for one that cannot be decoded.
@@ -122,7 +130,8 @@ def as_rgb(image: Any) -> Image.Image:
     """
     if not isinstance(image, Image.Image):
         try:
-            image = to_pil_image(image)
+            channels = input_data_format or infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+            image = to_pil_image(image, input_data_format=channels)
         except (ValueError, TypeError, AttributeError) as error:
             raise TypeError(f"A picture must be one of Pillow, an array or a tensor: {error}") from error
     check_before_decoding(image)
@@ -148,7 +157,7 @@ def resize_passes(width: int, height: int, size: SizeDict) -> list[tuple[int, in
     return [(width, size.height) if is_tall else (size.width, height), (size.width, size.height)]
 
 
-class ChatGLMImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # mypy does not see the base
+class ChatGLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # mypy does not see the base
     """
     patch_size (`int`):
         Width of the patches that the tower sees, which tells how many vectors a picture becomes.
@@ -170,7 +179,7 @@ class PictureSteps:
     do_normalize = True
     do_convert_rgb = True
     model_input_names = ["pixel_values"]
-    valid_kwargs = ChatGLMImagesKwargs
+    valid_kwargs = ChatGLMImageProcessorKwargs
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open what is named by a path, an address or base64, in lists too; see [`open_picture`]."""
@@ -201,13 +210,20 @@ class ChatGLMImageProcessorPil(PictureSteps, PilBackend):
     """
 
     def process_image(
-        self, image: Any, *args: Any, do_resize: bool, size: SizeDict, resample: Any, **kwargs: Any
+        self,
+        image: Any,
+        *args: Any,
+        do_resize: bool,
+        size: SizeDict,
+        resample: Any,
+        input_data_format: Any = None,
+        **kwargs: Any,
     ) -> np.ndarray:
         """One picture as RGB in its size here, uint8 `[3, height, width]`; see [`as_rgb`].
 
         It is resized here already, so that no other copy of a large picture is made.
         """
-        picture = as_rgb(image)
+        picture = as_rgb(image, input_data_format)
         if do_resize:
             for width_and_height in resize_passes(*picture.size, size):
                 picture = picture.resize(width_and_height, resample)
@@ -241,9 +257,12 @@ class ChatGLMImageProcessor(PictureSteps, TorchvisionBackend):
     """The same on torchvision, which also runs where `device` says: the numbers of [`ChatGLMImageProcessorPil`] but for
     a few, by two of 255 levels at most."""
 
-    def process_image(self, image: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+    def process_image(
+        self, image: Any, *args: Any, device: Any = None, input_data_format: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
         """One picture as RGB, uint8 `[3, height, width]`; see [`as_rgb`]."""
-        return torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1).contiguous().to(device)
+        pixels = torch.from_numpy(np.array(as_rgb(image, input_data_format)))
+        return pixels.permute(2, 0, 1).contiguous().to(device)
 
     def resize(self, image: torch.Tensor, size: SizeDict, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Resize as the library does, one pass after the other."""

@@ -127,9 +127,7 @@ class ChatGLMProcessor(ProcessorMixin):
         output = self._assemble_chats(encoded, text, None if return_tensors == "auto" else return_tensors)
         return output if return_dict else output["input_ids"]
 
-    def __call__(
-        self, images: Any = None, text: Any = None, return_tensors: Any = None, **kwargs: Any
-    ) -> BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Encode texts with pictures.
 
         Args:
@@ -137,8 +135,8 @@ class ChatGLMProcessor(ProcessorMixin):
                 for each text, which may be empty. See the image processor for what a picture is.
             text: a text or a list of them, of which some may have a place for a picture. If pictures are given and no
                 text has a place for one, each text becomes a user's question about the picture at its place in the list.
-            return_tensors: `"pt"` or `"np"`; lists where it is left out.
             kwargs: as the library's; `padding`, `truncation` and `max_length` count the vectors of pictures, too.
+                `return_tensors` is `"pt"` or `"np"`; there are lists where it is left out.
 
         Returns:
             `input_ids`, `attention_mask`, `position_ids` and `pixel_values`, always with a dimension for the batch.
@@ -148,6 +146,7 @@ class ChatGLMProcessor(ProcessorMixin):
             TypeError: for texts that are none.
         """
         settings, image_settings = self._settings(kwargs)
+        return_tensors = settings.get("return_tensors")
         if images is None and text is None:
             raise ValueError("There is nothing to process: give `text`, `images` or both.")
         pixel_values = None

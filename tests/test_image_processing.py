@@ -75,6 +75,11 @@ def test_every_way_of_giving_a_picture(processor: Any, recorded: Any) -> None:
         pixels = processor(image, return_tensors="pt")["pixel_values"]
         assert pixels.equal(recorded.tensors["pixels.wide"][None])
     assert processor([array, array], return_tensors="pt")["pixel_values"].shape == (2, 3, 32, 32)
+    # Four channels, and sizes that do not tell.
+    rgba = np.dstack((array, array[:, :, :1]))
+    assert processor(rgba, return_tensors="pt")["pixel_values"].equal(recorded.tensors["pixels.wide"][None])
+    thin = processor(array[:3], input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+    assert thin.equal(processor(Image.fromarray(array[:3]), return_tensors="pt")["pixel_values"])
 
 
 def test_odd_pictures(processor: Any) -> None:
