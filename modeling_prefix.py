@@ -526,6 +526,8 @@ class PrefixGenerationMixin:
         if length > 0 > num_cached:
             # The library crops the cache of an assistant to the length of its text.
             past_key_values.crop(-length)
+        if attention_mask is None and next_sequence_length is None:
+            return None  # A part of a prompt, which comes without what is before it.
         seen = input_ids.shape[1] if attention_mask is None else attention_mask.shape[-1]
         return seen - max(num_cached, 0)
 

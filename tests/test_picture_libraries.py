@@ -185,7 +185,9 @@ def test_soft_prompts_of_peft_are_refused(
     assert answer(adapted.get_base_model(), inputs) == answer(model, inputs)
 
 
-def test_a_prefix_stands_before_pictures(case_folder: Named, inputs: Inputs, case: Named) -> None:
+def test_a_prefix_stands_before_pictures(
+    case_folder: Named, case_tokenizer: Named, inputs: Inputs, case: Named
+) -> None:
     """The prefix is longer than the rest of a picture's positions, and counts none; padding, caches and parts agree."""
     model = load(case_folder("glm4v"), pre_seq_len=5)
     expected = answer(model, inputs)
@@ -193,7 +195,14 @@ def test_a_prefix_stands_before_pictures(case_folder: Named, inputs: Inputs, cas
     assert answer(model, alone)[0] == expected[0]
     assert answer(model, inputs, use_cache=False) == expected
     assert answer(model, inputs, cache_implementation="static", disable_compile=True) == expected
+    assert answer(model, alone, prefill_chunk_size=7)[0] == expected[0]
     assert answer(load(case_folder("glm4v")), inputs) != expected
+    tokenizer, greedy = case_tokenizer("glm4v"), {"do_sample": False, "max_new_tokens": 6}
+    response, history, cache = model.chat(
+        tokenizer, "Look", image=Image.new("RGB", (4, 4)), return_past_key_values=True, **greedy
+    )
+    cached = model.chat(tokenizer, "Well?", history, past_key_values=cache, **greedy)
+    assert cached[0] == model.chat(tokenizer, "Well?", history, **greedy)[0]
     model.train()
     ids, labels = (case("glm4v").tensors[f"loss.{name}"] for name in ("input_ids", "labels"))
     model(input_ids=ids, labels=labels, images=inputs["images"]).loss.backward()

@@ -29,6 +29,7 @@ from generations import (
     START,
     TINY,
     every_case,
+    every_causal_generation,
     every_generation,
     every_generation_case,
 )
@@ -192,6 +193,16 @@ def test_a_cache_is_continued(model: ModelMaker, version: str, kind: str) -> Non
     longer = torch.cat((first, prompt(batch=2, length=3)), dim=1)
     expected = chatglm.generate(longer, use_cache=False, **GREEDY)
     assert torch.equal(chatglm.generate(longer, past_key_values=cache, **GREEDY), expected)
+
+
+@pytest.mark.floor
+@every_causal_generation
+def test_a_prompt_without_padding_in_parts(model: ModelMaker, version: str) -> None:
+    """The library leaves its mask out, so nothing but the cache tells what was before a part."""
+    chatglm, ids = model(version), prompt(version)
+    expected = chatglm.generate(ids, **GREEDY)
+    for way in ({}, {"cache_implementation": "static"}):
+        assert torch.equal(chatglm.generate(ids, prefill_chunk_size=4, **way, **GREEDY), expected)
 
 
 def test_a_chunk_cannot_continue_a_cache(model: ModelMaker) -> None:
