@@ -224,6 +224,35 @@ def test_texts_and_pictures(processor: Any, case_tokenizer: Named, recorded: Any
     assert mixed["attention_mask"].sum(1).tolist() == [4, 22]
 
 
+def test_options_of_the_library(processor: Any, recorded: Any) -> None:
+    wide = picture(recorded, "wide")
+    chat = [{"role": "user", "content": [{"type": "image", "image": wide}, {"type": "text", "text": "Hi"}]}]
+    short = [{"role": "user", "content": "Hi"}]
+    options = {"padding": True, "pad_to_multiple_of": 32, "padding_side": "right"}
+    for given in (options, {"processor_kwargs": options}, {"processor_kwargs": {"text_kwargs": options}}):
+        batch = encode(processor, [chat, short], return_tensors="np", **given)
+        assert batch["input_ids"].shape == batch["position_ids"].shape == (2, 32)
+        assert batch["attention_mask"][1].tolist() == [1] * 6 + [0] * 26
+    text = processor.apply_chat_template(chat)
+    filled = processor(text=text, images=wide, padding="max_length", max_length=40, return_tensors="pt")
+    assert filled["input_ids"].shape == (1, 40)
+    marked = processor(text=text, images=wide, return_special_tokens_mask=True, return_offsets_mapping=True)
+    assert {len(values[0]) for name, values in marked.items() if name != "pixel_values"} == {24}
+    # An answer that is begun, and a template of somebody's own.
+    begun = [*short, {"role": "assistant", "content": "a"}]
+    ids = encode(processor, begun, continue_final_message=True)["input_ids"][0]
+    assert processor.decode(ids).endswith("<|assistant|>\na")
+    own = f"{{% for message in messages %}}{{% for part in message.content %}}{{{{ part.text or '{PICTURE}' }}}}{{% endfor %}}{{% endfor %}}"
+    assert processor.apply_chat_template(chat, chat_template=own) == f"{PICTURE}Hi"
+    written = encode(processor, chat, chat_template=own)
+    assert (
+        written["input_ids"][0]
+        == processor(text=f"{PICTURE}Hi", images=wide, add_special_tokens=False)["input_ids"][0]
+    )
+    assert written["pixel_values"].shape == (1, 3, 32, 32)
+    assert processor.apply_chat_template(chat, tokenize=True) == encode(processor, chat)["input_ids"]
+
+
 def test_what_does_not_fit_is_named(processor: Any, case_tokenizer: Named, recorded: Any) -> None:
     wide = picture(recorded, "wide")
     for images, text, message in (
