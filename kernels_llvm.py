@@ -469,6 +469,13 @@ def own_name(name: str) -> str:
     return f"chatglm::{numbered}"
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` is running. Exported programs run where this file is not."""
+    # Torch before 2.7 cannot tell it from compiling.
+    ask = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return ask()
+
+
 __all__ = [
     "BFLOATS",
     "BYTES",
@@ -494,6 +501,7 @@ __all__ = [
     "compile_kernel",
     "count_threads",
     "has_kernels",
+    "is_exporting",
     "multiply_rows",
     "own_name",
     "processor_has",

@@ -39,6 +39,7 @@ from .kernels_llvm import (
     can_add_bias,
     compile_kernel,
     has_kernels,
+    is_exporting,
     multiply_rows,
     own_name,
     processor_has,
@@ -203,13 +204,6 @@ def _(x, weight, bias=None):
 
 # Asked once, as compilers cannot.
 HAS_KERNELS = has_kernels(FloatProgram)
-
-
-def is_exporting() -> bool:
-    """Whether `torch.export` is running. Exported programs run where this file is not."""
-    # Torch before 2.7 cannot tell it from compiling.
-    ask = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    return ask()
 
 
 def is_mere_product(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -22,6 +22,7 @@ What is unusual here:
   largest weight of a row may then wrap around to the opposite sign.
 - Compilers and autograd see one operator, `torch.ops.chatglm.quantized_linear`, which takes and returns tensors and
   keeps no state. What runs behind it is chosen here and nowhere else, by device, dtype and number of rows.
+- Exported programs run where this file is not, so they get torch's operators in its place.
 - Some processors want the bytes in another order. `pack_weight` makes that copy, which the caller keeps beside the
   weight and passes along; gradients and `dequantize_weight` read the published bytes.
 """
@@ -35,7 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .kernels_llvm import ask_for_large_pages, can_add_bias, own_name
+from .kernels_llvm import ask_for_large_pages, can_add_bias, is_exporting, own_name
 from .kernels_matmul import find_matmul, multiply_matrices
 from .quantization_cpu import (
     can_pack_int4,
@@ -440,6 +441,23 @@ def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 multiply_operator.register_autograd(backward, setup_context=setup_context)
 
 
+def linear_to_export(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The same product by operators that every format of exported programs has; it decodes the weight each time.
+
+    Such formats shift no signed integers and see no bytes of another dtype, so codes are taken apart by division.
+    """
+    codes = weight.int()
+    if weight.shape[1] != x.shape[-1]:
+        even = torch.div(codes, 16, rounding_mode="floor")
+        odd = codes - 16 * even
+        codes = torch.stack((even, torch.where(odd > 7, odd - 16, odd)), dim=-1).flatten(-2)
+    scale = weight_scale.float().view(weight_scale.shape[0], -1, 1)  # [out, groups, 1]
+    decoded = (codes.float().view(scale.shape[0], scale.shape[1], -1) * scale).view(codes.shape)
+    return F.linear(x, decoded.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def quantized_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -470,6 +488,8 @@ def quantized_linear(
             f"The input is on {x.device}, but the quantized weight is on {weight.device} and its scale on "
             f"{weight_scale.device}. Move the model to one device; what is on meta was not loaded."
         )
+    if is_exporting():
+        return linear_to_export(x, weight, weight_scale, bias)
     # Without gradients the operator would add nothing but the time of its dispatch, a tenth of a millisecond. Tensors
     # of other classes, such as those that torch traces with, have no memory that a kernel could read.
     is_plain = type(x) in (torch.Tensor, torch.nn.Parameter)
