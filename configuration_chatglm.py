@@ -163,6 +163,13 @@ class ChatGLMConfig(PreTrainedConfig):
         "embedding.word_embeddings": "embedding_rowwise",
         "output_layer": "colwise_gather_output",
     }
+    # Each layer is gathered when it computes, and given back.
+    base_model_fsdp_plan = {
+        "embedding.word_embeddings": "free_full_weight",
+        "encoder.layers.*": "free_full_weight",
+        "encoder.final_layernorm": "keep_full_weight",
+        "output_layer": "keep_full_weight",
+    }
 
     model_version: str | None = None
     num_hidden_layers: int = 28

@@ -46,20 +46,14 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .linear_cpu import ChatGLMLinear
-from .quantization_kernels import (
-    WeightForm,
-    dequantize_weight,
-    pack_int4,
-    quantize_weight,
-    stored_form,
-    unpack_int4,
-)
+from .quantization_kernels import WeightForm, dequantize_weight, pack_int4, quantize_weight, stored_form, unpack_int4
 from .quantization_layers import (
     QUANT_METHOD,
     QuantizedLinear,
     init_quantized_linear,
     is_quantized_layer,
     quantized_layers,
+    refuse_tensor_parallelism,
 )
 
 
@@ -325,6 +319,7 @@ class ChatGLMQuantizer(HfQuantizer):
         self.model_config: Any = None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        refuse_tensor_parallelism(getattr(model.config, "distributed_config", None))
         settings = self.quantization_config
         quantization_bit = model.config.quantization_bit
         if self.pre_quantized and quantization_bit and quantization_bit != settings.bits:

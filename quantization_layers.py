@@ -159,4 +159,21 @@ def init_quantized_linear(module: QuantizedLinear, std: float) -> None:
         init.zeros_(module.bias)
 
 
-__all__ = ["QUANT_METHOD", "QuantizedLinear", "init_quantized_linear", "is_quantized_layer", "quantized_layers"]
+def refuse_tensor_parallelism(distributed_config: Any) -> None:
+    """Raise a `ValueError` if the library's `DistributedConfig` asks to split the layers."""
+    tp_plan, tp_size = (getattr(distributed_config, name, None) for name in ("tp_plan", "tp_size"))
+    if tp_plan or (tp_size or 1) > 1:
+        raise ValueError(
+            "Tensor parallelism (`tp_plan`, `tp_size`) cannot split quantized weights: a scale belongs to a whole row. "
+            'Split float weights, or leave it out and use `device_map="auto"`.'
+        )
+
+
+__all__ = [
+    "QUANT_METHOD",
+    "QuantizedLinear",
+    "init_quantized_linear",
+    "is_quantized_layer",
+    "quantized_layers",
+    "refuse_tensor_parallelism",
+]

@@ -483,20 +483,6 @@ def test_classification_wants_a_mask_of_rows(tiny_model: ModelMaker) -> None:
         model(ids, attention_mask=torch.zeros(2, 1, 11, 11))
 
 
-def test_device_map_with_offloading(case_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = case_folder("chatglm3")
-    expected = AutoModel.from_pretrained(folder, trust_remote_code=True)(prompt()).logits
-    whole = AutoModel.from_pretrained(folder, trust_remote_code=True, device_map="auto")
-    torch.testing.assert_close(whole(prompt()).logits, expected)
-    split = AutoModel.from_pretrained(
-        folder, trust_remote_code=True, device_map="auto", max_memory={"cpu": "280KB"}, offload_folder=tmp_path
-    )
-    assert set(split.hf_device_map.values()) == {"cpu", "disk"}
-    with torch.no_grad():
-        torch.testing.assert_close(split(prompt()).logits, expected)
-        assert split.generate(prompt(), max_new_tokens=3, do_sample=False).shape == (2, 14)
-
-
 @pytest.fixture
 def tensor_parallel_script(tmp_path: Path) -> Iterator[Path]:
     script = tmp_path / "script.py"
@@ -505,14 +491,20 @@ def tensor_parallel_script(tmp_path: Path) -> Iterator[Path]:
         "from transformers import AutoModel\n"
         "torch.set_num_threads(1)\n"
         "ids = torch.arange(3, 19).view(2, 8)\n"
-        "for folder in sys.argv[1:]:\n"
+        "for folder in sys.argv[2:]:\n"
         "    whole = AutoModel.from_pretrained(folder, trust_remote_code=True)(ids).logits\n"
         "    model = AutoModel.from_pretrained(folder, trust_remote_code=True, tp_plan='auto')\n"
         "    logits = model(ids).logits\n"
         "    logits = getattr(logits, 'full_tensor', lambda: logits)()\n"
         "    torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)\n"
         "    weight = model.transformer.encoder.layers[0].mlp.dense_h_to_4h.weight\n"
-        "    assert 2 * weight.to_local().shape[0] == weight.shape[0]\n",
+        "    assert 2 * weight.to_local().shape[0] == weight.shape[0]\n"
+        "try:\n"
+        "    AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, tp_plan='auto')\n"
+        "except ValueError as error:\n"
+        "    assert 'cannot split quantized weights' in str(error)\n"
+        "else:\n"
+        "    raise AssertionError('quantized weights were split')\n",
         encoding="utf-8",
     )
     yield script
@@ -522,7 +514,7 @@ def tensor_parallel_script(tmp_path: Path) -> Iterator[Path]:
 def test_tensor_parallel_equals_one_process(case_folder: Callable[[str], Path], tensor_parallel_script: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
-        [*launch, tensor_parallel_script, case_folder("chatglm3"), case_folder("chatglm1")],
+        [*launch, tensor_parallel_script, *map(case_folder, ("chatglm2-int4", "chatglm3", "chatglm1"))],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

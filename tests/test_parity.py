@@ -321,20 +321,34 @@ def test_every_auto_class_gives_the_same_model(
 
 
 LOAD_QUIETLY = """
-import sys
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+import locale, logging as logs, os, random, signal, sys, threading, warnings
+import numpy, sentencepiece, torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer, GenerationMixin
 from transformers.utils import logging
 
+def state():
+    return {
+        "torch": (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), str(torch.get_default_device())),
+        "chance": (torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()),
+        "process": (dict(os.environ), os.getcwd(), locale.getlocale(), sys.excepthook, threading.active_count()),
+        "signals": [signal.getsignal(number) for number in signal.valid_signals()],
+        "messages": (warnings.filters[:], warnings.showwarning, logs.root.level, logs.root.handlers[:], logging.get_verbosity()),
+    }
+
 logging.disable_progress_bar()
+warnings.simplefilter("error")
+before = state()
 for folder in sys.argv[1:]:
     AutoConfig.from_pretrained(folder, trust_remote_code=True)
     AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     AutoModel.from_pretrained(folder, trust_remote_code=True)
+changed = [name for name, value in state().items() if value != before[name]]
+assert not changed, changed
 """
 
 
 def test_loading_prints_nothing(case_folder: Named):
-    """No warning about stored rotary buffers, unknown keys or anything else, in a process of its own."""
+    """No warning about stored rotary buffers, unknown keys or anything else; and the process is left as it was."""
     folders = [str(case_folder(name)) for name in ALL_CASES]
     result = subprocess.run([sys.executable, "-c", LOAD_QUIETLY, *folders], capture_output=True, text=True)
     assert result.stdout + result.stderr == ""
