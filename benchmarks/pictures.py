@@ -174,13 +174,16 @@ def watch_parts(model: Any, times: Times) -> None:
 
 
 class FirstTokens:
-    """A streamer that notes when tokens come; the prompt comes first."""
+    """A streamer that notes when tokens come, and what the first one took; the prompt comes first."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Times) -> None:
         self.times: list[tuple[float, float]] = []
+        self.parts, self.seconds = parts, dict[str, list[float]]()
 
     def put(self, tokens: torch.Tensor) -> None:
         self.times.append(Times.now())
+        if len(self.times) == 2:
+            self.seconds = dict(self.parts.seconds)
 
     def end(self) -> None:
         """Nothing is kept."""
@@ -200,15 +203,15 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ids = torch.randint(3, arguments.vocab - 2, (1, BEFORE + 3 + BEHIND))
     ids[0, BEFORE : BEFORE + 3] = torch.tensor([arguments.vocab - 2, 0, arguments.vocab - 1])
     picture = torch.randn(1, 3, arguments.image_size, arguments.image_size)
-    peak.bytes, tokens, start = anonymous_bytes(), FirstTokens(), Times.now()
+    peak.bytes, tokens, start = anonymous_bytes(), FirstTokens(times), Times.now()
     model.generate(ids, images=picture, max_new_tokens=arguments.tokens, do_sample=False, streamer=tokens)
     _, first, *_, last = tokens.times
     peak.is_done.set()
-    times.seconds["first token"] = [now - then for now, then in zip(first, start)]
+    seconds = tokens.seconds | {"first token": [now - then for now, then in zip(first, start)]}
     later = [(now - then) / (arguments.tokens - 1) for now, then in zip(last, first)]
     figures |= {
         "peak_generating_bytes": peak.bytes - before,
-        "seconds": times.seconds,
+        "seconds": seconds,
         "seconds_per_later_token": later,
     }
     return figures

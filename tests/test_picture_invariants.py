@@ -204,6 +204,8 @@ def test_parts_of_the_logits_and_embeddings(model: PreTrainedModel, prompt: dict
     with torch.no_grad():
         embeds = model.get_input_embeddings()(ids)
         embeds[:, begin : begin + N + 2] = model.get_image_features(prompt["images"]).pooler_output
+    features = model.get_image_features(prompt["images"]).pooler_output.detach()
+    assert answer(model, {"input_ids": ids, "image_features": features}) == answer(model, prompt)
     positions = torch.arange(ids.shape[1])[None]
     positions = positions - (positions - begin - 1).clamp(0, N - 1)
     by_hand = {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
