@@ -148,14 +148,14 @@ def outline(shape: str, turn: float) -> list[tuple[float, float]]:
 def random_drawing(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> Drawing:
     """A drawing of one of some pairs of a shape and a colour; the rest is drawn by lot."""
     shape, color = rng.choice(pairs)
-    size = rng.uniform(0.4, 0.8)
+    size = rng.uniform(0.6, 0.9)
     room = (1 - size) / 2
     return Drawing(
         shape,
         color,
         size,
         (0.5 + rng.uniform(-room, room), 0.5 + rng.uniform(-room, room)),
-        rng.uniform(-15, 15),
+        rng.uniform(-10, 10),
         tuple(min(max(part + rng.randint(-12, 12), 0), 255) for part in COLORS[color][1]),  # type: ignore[arg-type]
         rng.choice(BACKGROUNDS),
     )

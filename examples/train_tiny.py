@@ -233,7 +233,7 @@ def as_batch(
 
 
 def train(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     epoch_batches: Callable[[random.Random], Iterable[dict[str, torch.Tensor]]],
     num_epochs: int,
     learning_rate: float,

@@ -18,6 +18,9 @@ adapter and the text part. No drawing is seen twice. At the end the model is ask
 of the pairs of shape and colour that it was taught and those of the pairs that were held out, and
 `accuracy.json` says how often it was right along the way.
 
+The eyes learn first, as those of GLM-4V did: a linear layer names shape and colour by the mean of a picture's vectors, and is
+thrown away. Then all of it learns to answer.
+
 The training itself is that of `train_tiny.py`; here are the vocabulary, the sizes and the pictures.
 """
 
@@ -29,6 +32,7 @@ from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -49,6 +53,7 @@ from local_code import load_module, load_tokenizer, register
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
+from torch.nn.functional import cross_entropy
 from train_tiny import EXAMPLES, as_batch, train
 from transformers import AutoModel, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -61,6 +66,8 @@ IMAGE_SIZE, PATCH_SIZE = 56, 7
 BATCHES_PER_EPOCH, ROWS_PER_BATCH = 20, 32
 # Conversations without a picture, where there is nothing to see.
 BLIND_SHARE = 0.06
+# Pictures without colours where only the shape is asked for. Otherwise a model learns what shapes a colour never has.
+GRAY_SHARE = 0.5
 
 
 def train_vocabulary(folder: Path) -> None:
@@ -136,11 +143,48 @@ def batches(
         chats = []
         for _ in range(ROWS_PER_BATCH):
             drawing = random_drawing(rng, pairs)
-            image = None if rng.random() < BLIND_SHARE else drawing.draw()
-            chats.append(conversation(drawing, rng.sample(KINDS, rng.randint(1, 2)), rng, image))
+            kinds = rng.sample(KINDS, rng.randint(1, 2))
+            image = None if rng.random() < BLIND_SHARE else drawing.draw(IMAGE_SIZE)
+            if image is not None and {name for name, _ in kinds} == {"shape"} and rng.random() < GRAY_SHARE:
+                image = image.convert("L").convert("RGB")
+            chats.append(conversation(drawing, kinds, rng, image))
         encoded = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
         rows = list(zip(encoded["input_ids"], encoded["assistant_masks"]))
         yield {**as_batch(rows, tokenizer), "images": encoded["images"]}
+
+
+class Naming(torch.nn.Module):
+    """What the eyes learn on: to name shape and colour by the mean of a picture's vectors."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.shape = torch.nn.Linear(model.config.hidden_size, len(SHAPES))
+        self.color = torch.nn.Linear(model.config.hidden_size, len(COLORS))
+
+    def forward(self, images: torch.Tensor, shapes: torch.Tensor, colors: torch.Tensor) -> SimpleNamespace:
+        scale = self.model.config.vision_config["scaling_factor"]
+        vectors = scale * self.model.get_image_features(images).pooler_output.mean(1)
+        losses = (cross_entropy(self.shape(vectors), shapes), cross_entropy(self.color(vectors), colors))
+        return SimpleNamespace(loss=losses[0] + losses[1])
+
+
+def named_batches(pairs: Sequence[tuple[str, str]], rng: random.Random) -> Iterator[dict[str, torch.Tensor]]:
+    """New drawings, with the numbers of their shapes and colours."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    processor = load_module("image_processing_chatglm").ChatGLMImageProcessorPil(size=size)
+    for _ in range(BATCHES_PER_EPOCH):
+        drawings = [random_drawing(rng, pairs) for _ in range(ROWS_PER_BATCH)]
+        images = [drawing.draw(IMAGE_SIZE) for drawing in drawings]
+        colors = [list(COLORS).index(drawing.color) for drawing in drawings]
+        for index in range(round(GRAY_SHARE * ROWS_PER_BATCH)):
+            # What has no colour says nothing of it.
+            images[index], colors[index] = images[index].convert("L").convert("RGB"), -100
+        yield {
+            "images": processor(images, return_tensors="pt")["pixel_values"],
+            "shapes": torch.tensor([list(SHAPES).index(drawing.shape) for drawing in drawings]),
+            "colors": torch.tensor(colors),
+        }
 
 
 @torch.no_grad()
@@ -167,7 +211,8 @@ def accuracy(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=EXAMPLES / "tiny-glm4v")
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--seeing-epochs", type=int, default=110, help="for the eyes alone (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=35, help="for all of it (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument(
         "--drawings", type=int, default=200, help="to be asked about at the end, of either kind of pairs"
@@ -200,6 +245,7 @@ def main() -> int:
         curve.append({"drawings": num_seen, "loss": round(loss, 4), **few})
         print("  ", json.dumps(few), flush=True)
 
+    train(Naming(model), partial(named_batches, TAUGHT), arguments.seeing_epochs, arguments.learning_rate)
     train(model, partial(batches, tokenizer, TAUGHT), arguments.epochs, arguments.learning_rate, measure)
     model.to(torch.float16).save_pretrained(arguments.output)
     model = AutoModel.from_pretrained(arguments.output, dtype=torch.float32)

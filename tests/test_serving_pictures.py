@@ -34,7 +34,7 @@ from serving_help import Limits, serving_folder
 httpx = pytest.importorskip("httpx", reason="needs requirements/serving.txt: make test-programs")
 openai = pytest.importorskip("openai", reason="needs requirements/serving.txt: make test-programs")
 
-from serving import pictures  # noqa: E402
+from serving import picture_files, pictures  # noqa: E402
 from serving.engines import SeeingEngine  # noqa: E402
 from serving.errors import RequestError  # noqa: E402
 
@@ -203,7 +203,7 @@ def written(image: Image.Image, kind: str, **settings: Any) -> str:
 
 def test_kinds_of_files() -> None:
     image = Image.new("RGB", (3, 2), (250, 10, 10))
-    for kind in pictures.FORMATS:
+    for kind in picture_files.FORMATS:
         opened = pictures.open_picture(written(image, kind))
         assert (opened.mode, opened.size) == ("RGB", (3, 2))
     turned = Image.Exif()

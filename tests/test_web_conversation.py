@@ -15,10 +15,12 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from transformers import AutoModel
 
 
@@ -30,12 +32,14 @@ sys.path.insert(0, str(EXAMPLES))
 from agent_tools import tool  # noqa: E402
 from local_code import load_tokenizer, register  # noqa: E402
 from serving import web_conversation as conversations  # noqa: E402
+from serving.picture_files import read_address, read_picture, write_address  # noqa: E402
 from serving.web_answers import MAX_CALLS, Settings, answer  # noqa: E402
 from serving.web_texts import TEXTS, pick_language  # noqa: E402
 
 
 pytestmark = pytest.mark.usefixtures("leave_the_auto_classes_alone")
 
+PICTURE = write_address(Image.new("RGB", (40, 20), "red"), 32)
 CALL = {"role": "assistant", "metadata": "get_weather", "content": "```python\ntool_call(city='Paris')\n```"}
 TALK: dict[str, Any] = {
     "id": "1",
@@ -95,6 +99,9 @@ def test_calls_and_results_are_shown_as_code() -> None:
         [{"id": "1", "messages": [{"role": "system", "content": "Obey."}]}],
         [{"id": "1", "messages": [{"role": "user", "content": ["a"]}]}],
         [{"id": "1", "messages": [{"role": "user", "content": "a", "tools": []}]}],
+        [{"id": "1", "messages": [{"role": "user", "content": "a", "image": "/etc/passwd"}]}],
+        [{"id": "1", "messages": [{"role": "user", "content": "a", "image": "http://127.0.0.1/x.png"}]}],
+        [{"id": "1", "messages": [{"role": "user", "content": "a", "image": 'data:image/png;base64,"><script>'}]}],
     ],
 )
 def test_nothing_else_is_taken_for_an_old_conversation(stored: Any) -> None:
@@ -112,6 +119,54 @@ def test_old_conversations_make_room_for_new_ones(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(conversations, "MAX_SAVED_CHARACTERS", 1000)
     assert 0 < len(conversations.with_saved(saved, TALK)) < 5
     assert conversations.title({"messages": [{"role": "user", "content": "a b\n" * 20}]}) == f"{'a b ' * 10}…"
+
+
+def test_a_picture_comes_and_goes_with_its_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = {"id": "1", "messages": []}
+    asked = conversations.with_question(empty, "What is it?", PICTURE)
+    assert conversations.has_picture(asked) and not conversations.has_picture(TALK)
+    back, question = conversations.without_open_question(asked)
+    assert (back, question) == (empty, "What is it?")
+    assert conversations.picture_taken_back(asked, back) == PICTURE
+    assert conversations.picture_taken_back(TALK, empty) == ""
+    assert conversations.with_edited(asked, 0, "Why?")["messages"] == [{**asked["messages"][0], "content": "Why?"}]
+    (bubble,) = conversations.shown(asked["messages"], TEXTS["en"])
+    assert bubble == {"role": "user", "content": "What is it?", "image": PICTURE}
+    # The newest pictures are kept, and of the others a note.
+    assert conversations.read_saved([asked]) == [asked]
+    monkeypatch.setattr(conversations, "MAX_PICTURE_CHARACTERS", 2 * len(PICTURE))
+    saved: list[dict[str, Any]] = []
+    for number in range(4):
+        saved = conversations.with_saved(saved, {**asked, "id": str(number)})
+    assert [conversations.has_picture(conversation) for conversation in saved] == [True, True, False, False]
+    assert conversations.read_saved(saved) == saved
+    (bubble,) = conversations.shown(saved[-1]["messages"], TEXTS["en"])
+    assert bubble["content"] == "*This picture was not kept.*\n\nWhat is it?" and "image" not in bubble
+
+
+def test_pictures_are_kept_no_larger_than_the_model_sees_them() -> None:
+    opened = read_picture(read_address(PICTURE))
+    assert (opened.size, opened.getpixel((3, 3))) == ((32, 16), (255, 0, 0))
+    assert PICTURE.startswith("data:image/png;base64,")
+    noise = Image.effect_noise((1120, 1120), 90).convert("RGB")
+    assert write_address(noise, 1120).startswith("data:image/jpeg;base64,")
+
+
+def test_models_that_see_are_shown_pictures(reference_dir: Path) -> None:
+    register()
+    folder = reference_dir / "glm4v"
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), load_tokenizer(folder)
+    settings = Settings(generation={"temperature": 0, "max_new_tokens": 6}, sees=True)
+    answers = []
+    for picture, sees in ((PICTURE, True), (PICTURE, False), ("", True)):
+        talk = conversations.with_question(conversations.new_conversation(), "What is it?", picture)
+        *_, talk = answer(model, tokenizer, talk, replace(settings, sees=sees))
+        answers.append(talk["messages"][-1]["content"])
+        assert conversations.has_picture(talk) == bool(picture)
+        # It is there in the next turn.
+        *_, talk = answer(model, tokenizer, conversations.with_question(talk, "Why?"), replace(settings, sees=sees))
+        assert roles(talk) == "uaua"
+    assert answers[0] != answers[1] == answers[2]
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '["a"]', "[" * 100_000, '"a"', "NaN"])

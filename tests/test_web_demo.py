@@ -67,6 +67,7 @@ class PacedModel:
         pace: for a question, how many tokens of its answer may come; more by `release()`.
         scripts: for a question, an answer that the model was not taught.
         ended: the questions whose streams have been closed.
+        shown: what came with each question, the picture in the history or its own, if there was one.
     """
 
     def __init__(self, model: Any) -> None:
@@ -75,10 +76,12 @@ class PacedModel:
         self.pace: dict[str, threading.Semaphore] = {}
         self.scripts: dict[str, str] = {}
         self.ended: list[str] = []
+        self.shown: list[Any] = []
 
     def stream_chat(
         self, tokenizer: Any, query: str, history: list[dict[str, str]], *args: Any, **kwargs: Any
     ) -> Iterator[Any]:
+        self.shown += [*(message["image"] for message in history if "image" in message), kwargs.get("image")][:1]
         if query in self.scripts:
             answer = {"role": "assistant", "content": self.scripts[query]}
             yield answer["content"], [*history, {"role": "user", "content": query}, answer]
@@ -400,6 +403,75 @@ def test_tools_are_called_and_given_results(site: Site, visitor: Visitor) -> Non
         '"condition":',
         '"sunny"}',
     ]
+
+
+@pytest.fixture
+def seer(site: Site, visitor: Visitor, reference_dir: Path) -> Iterator[tuple[Visitor, PacedModel]]:
+    """The page of a model that sees."""
+    page, folder = load_part("web_page"), reference_dir / "glm4v"
+    loading = load_part("web_loading").LoadingModel()
+    loading.load(load_part("models").LoadSettings(folder=folder, device="cpu", dtype="float32"))
+    model, tokenizer = loading.get()
+    paced = PacedModel(model)
+    paced.scripts = {"What is it?": "A red circle.", "And its colour?": "It is red."}
+    loading.finish(paced, tokenizer)
+    blocks, address = page.start(page.PageSettings.of_folder(folder, {}, 1), loading, "127.0.0.1", free_port())
+    seer = Visitor(site.new_browser().new_page(), address)
+    seer.wait_until_ready()
+    yield seer, paced
+    seer.page.context.close()
+    blocks.close()
+
+
+def test_a_picture_is_attached_shown_and_kept(
+    visitor: Visitor, seer: tuple[Visitor, PacedModel], tmp_path: Path
+) -> None:
+    # The bundled model reads text alone.
+    assert not visitor.page.locator("#attach").is_visible()
+    window, model = seer
+    upload, preview = window.page.locator("#picture input[type=file]"), window.page.locator("#preview img")
+    picture = importlib.import_module("PIL.Image").new("RGB", (48, 24), "red")
+    # A browser takes no file twice in a row.
+    for name in ("red.png", "red2.png", "red3.png"):
+        picture.save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    upload.set_input_files(tmp_path / "broken.png")
+    window.page.get_by_text("The picture cannot be read").first.wait_for()
+    upload.set_input_files(tmp_path / "red.png")
+    preview.wait_for()
+    window.page.locator("#detach").click()
+    preview.wait_for(state="hidden")
+    upload.set_input_files(tmp_path / "red2.png")
+    preview.wait_for()
+    window.ask("What is it?", "A red circle.")
+    # As large as the model sees it.
+    assert (model.shown[-1].size, model.shown[-1].getpixel((0, 0))) == ((32, 16), (255, 0, 0))
+    in_chat = window.chat.locator("img[alt=Picture]")
+    in_chat.wait_for()
+    window.wait_until(lambda: bool(in_chat.evaluate("image => image.complete && image.naturalWidth == 32")))
+    preview.wait_for(state="hidden")
+    window.wait_for_titles("What is it?")
+    # No file of it is left.
+    left = list(Path(importlib.import_module("gradio.utils").get_upload_folder()).rglob("red*.png"))
+    assert left == []
+
+    window.page.reload()
+    in_chat.wait_for()
+    window.wait_until_ready()
+    window.ask("And its colour?", "It is red.")
+    assert model.shown[-1].size == (32, 16)
+    upload.set_input_files(tmp_path / "red3.png")
+    window.page.get_by_text("A conversation can have one picture.").first.wait_for()
+    assert not preview.is_visible()
+    window.click("Undo")
+    window.wait_until(lambda: len(window.bubbles) == 3 or len(window.bubbles) == 2)
+    window.click("Undo")
+    preview.wait_for()
+    assert window.box.input_value() == "What is it?"
+    window.page.locator("#detach").click()
+    preview.wait_for(state="hidden")
+    window.ask("What is it?", "A red circle.")
+    assert model.shown[-1] is None and in_chat.count() == 0
 
 
 def test_users_at_the_same_time_see_their_own_answers(site: Site, visitor: Visitor) -> None:

@@ -22,6 +22,7 @@
 | `answers.py` | how do ids become text while they come, and when does it end? |
 | `reading.py` | how is an answer read while it comes? |
 | `pictures.py` | which pictures may a request bring? |
+| `picture_files.py` | what is a picture in a data address? |
 | `requests.py` | what may a request ask for? |
 | `errors.py` | what does each door say when something is wrong? |
 | `openai_door.py` | OpenAI's `/v1`, on the server that comes with Transformers |

@@ -19,28 +19,21 @@ What is unusual here:
   pictures are opened here, by rules of the server's own, and messages go on without any name in them.
 - A picture is a data address, or a file in the one folder that the command line allows. Nothing is fetched.
 - One picture is opened at a time: it may take 300 MB until it has the model's size.
-- Of Pillow's formats, those of browsers are read. Some of the others run programs.
 """
 
-import binascii
-import io
-import re
 import threading
-from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import torch
-from local_code import load_module
 
 from .errors import RequestError
 from .models import ServedModel
+from .picture_files import read_address, read_picture
 
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
-DATA_ADDRESS = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 # Bytes of a local file.
 LARGEST_FILE = 64 << 20
 ONE_AT_A_TIME = threading.Lock()
@@ -120,31 +113,11 @@ def open_picture(address: str, media_folder: Path | None = None) -> Any:
     Raises:
         RequestError: for another address, and for what is no picture, or is too large.
     """
-    if match := DATA_ADDRESS.match(address):
-        try:
-            content = b64decode(address[match.end() :], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise RequestError(f"The picture's base64 is wrong: {error}.", "messages") from None
-    elif address[:5].lower() == "file:":
-        content = read_local(address, media_folder)
-    else:
-        raise RequestError(
-            f"The picture {address!r:.60} is no data address (data:image/png;base64,...). Nothing is fetched from "
-            "elsewhere; send the picture itself.",
-            "messages",
-        )
-    # Here, because those who serve text alone may not have Pillow.
-    from PIL import Image, ImageOps
-
-    processing = load_module("image_processing_chatglm")
+    is_local = address[:5].lower() == "file:"
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            processing.check_before_decoding(image)
-            return processing.as_rgb(ImageOps.exif_transpose(image))
-    except processing.DECODING_ERRORS as error:
-        kinds = ", ".join(FORMATS)
-        message = f"The picture cannot be read: {error!s:.200}. It may be {kinds}."
-        raise RequestError(message, "messages") from None
+        return read_picture(read_local(address, media_folder) if is_local else read_address(address))
+    except ValueError as error:
+        raise RequestError(str(error), "messages") from None
 
 
 def read_local(address: str, media_folder: Path | None) -> bytes:

@@ -29,6 +29,7 @@ from agent_tools import Call, Tool, Toolbox
 from local_code import load_module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .picture_files import read_address, read_picture
 from .web_conversation import Conversation, Message, called_tool, with_messages
 
 
@@ -44,12 +45,14 @@ class Settings:
         generation: arguments of `stream_chat`.
         tools: descriptions of tools whose results the visitor types.
         functions: tools that run by themselves, by name.
+        sees: whether the model is shown pictures; one that reads text alone gets the rest of a conversation.
     """
 
     system: str = ""
     generation: Mapping[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] = field(default_factory=list)
     functions: Mapping[str, Tool] = field(default_factory=dict)
+    sees: bool = False
 
     def described_tools(self) -> list[dict[str, Any]]:
         """The descriptions of all tools."""
@@ -85,16 +88,29 @@ def answer_once(
     """One answer of the model, text or a call, behind the messages before it."""
     chat_format = model.chat_format
     system = [{"role": "system", "content": settings.system}] if settings.system.strip() else []
-    *earlier, question = messages
+    *earlier, question = (with_opened(message, settings.sees) for message in messages)
     history = chat_format.add_tools(
         chat_format.normalize_messages([*system, *earlier]), settings.described_tools() or None
     )
+    picture = {"image": question["image"]} if "image" in question else {}
     stream = model.stream_chat(
-        tokenizer, question["content"], history, role=question["role"], **dict(settings.generation)
+        tokenizer, question["content"], history, role=question["role"], **picture, **dict(settings.generation)
     )
     with closing(stream):
         for _, new_history in stream:
             yield [*messages, *chat_format.normalize_messages(new_history)[len(history) + 1 :]]
+
+
+def with_opened(message: Message, sees: bool) -> Message:
+    """A message with its picture in the place of the data address, or without it.
+
+    Raises:
+        ValueError: if there is no picture in the address.
+    """
+    opened = {name: value for name, value in message.items() if name != "image"}
+    if sees and message.get("image"):
+        opened["image"] = read_picture(read_address(message["image"]))
+    return opened
 
 
 def run_call(messages: list[Message], functions: Mapping[str, Tool]) -> str | None:

@@ -19,6 +19,8 @@ What is unusual here:
   from there is read by `read_saved`, which trusts nothing of it.
 - Its messages are those of `conversation_chatglm.py`, without the system message, which is a setting of the page. There
   is one bubble for each, so a bubble's index is a message's.
+- A message of the user may have an `image`, a data address: the picture as the model is shown it, no larger. In the
+  browser there is room for a few. An empty one says that there was a picture, which was not kept.
 - Nothing is changed in place: every function returns a new conversation.
 
 Nothing here needs torch or Gradio.
@@ -38,8 +40,11 @@ Conversation = dict[str, Any]
 MAX_SAVED = 50
 # A browser keeps about five million characters for a site.
 MAX_SAVED_CHARACTERS = 2_000_000
+# Of these, what pictures may take: four or so of GLM-4V-9B's size. The newest conversations keep theirs.
+MAX_PICTURE_CHARACTERS = 1_000_000
 MAX_TITLE_LENGTH = 40
-MESSAGE_KEYS = {"role", "content", "metadata"}
+MESSAGE_KEYS = {"role", "content", "metadata", "image"}
+PICTURE = re.compile(r"(data:image/(png|jpeg);base64,[A-Za-z0-9+/]+=*)?")
 ROLES = ("user", "assistant", "observation")
 
 
@@ -58,10 +63,22 @@ def called_tool(messages: list[Message]) -> str:
     return messages[-1].get("metadata", "").strip() if messages else ""
 
 
-def with_question(conversation: Conversation, text: str) -> Conversation:
-    """Add what the user typed: the result of a tool if one was called, else a question."""
+def has_picture(conversation: Conversation) -> bool:
+    """Whether there is a picture in a conversation; the models take one."""
+    return any(message.get("image") for message in conversation["messages"])
+
+
+def with_question(conversation: Conversation, text: str, picture: str = "") -> Conversation:
+    """Add what the user typed: the result of a tool if one was called, else a question, perhaps about a picture."""
     role = "observation" if called_tool(conversation["messages"]) else "user"
-    return with_messages(conversation, [*conversation["messages"], {"role": role, "content": text}])
+    message = {"role": role, "content": text} | ({"image": picture} if picture else {})
+    return with_messages(conversation, [*conversation["messages"], message])
+
+
+def picture_taken_back(before: Conversation, after: Conversation) -> str:
+    """The picture of the messages that a conversation had before and has no longer, if there was one."""
+    gone = before["messages"][len(after["messages"]) :]
+    return next((message["image"] for message in gone if message.get("image")), "")
 
 
 def without_last_answer(conversation: Conversation) -> Conversation:
@@ -118,10 +135,12 @@ def fenced(text: str, language: str = "") -> str:
 def shown(messages: list[Message], texts: dict[str, str]) -> list[dict[str, Any]]:
     """The bubbles of a conversation, one for each message, as Gradio's `Chatbot` takes them.
 
+    Where a message has a picture, its bubble has it as `image`, which is for the page to show.
+
     Args:
         texts: the words of one language, out of `TEXTS`.
     """
-    bubbles = []
+    bubbles: list[dict[str, Any]] = []
     called = ""
     for message in messages:
         name = message.get("metadata", "").strip()
@@ -133,6 +152,10 @@ def shown(messages: list[Message], texts: dict[str, str]) -> list[dict[str, Any]
             bubble = tool_bubble(texts["call"].format(name=name), text)
         elif message["role"] == "observation":
             bubble = tool_bubble(texts["result_of"].format(name=called), content)
+        if message.get("image"):
+            bubble["image"] = message["image"]
+        elif "image" in message:
+            bubble["content"] = f"*{texts['no_picture']}*\n\n{content}"
         bubbles.append(bubble)
         called = name
     return bubbles
@@ -166,6 +189,8 @@ def is_message(value: Any) -> bool:
         and value.get("role") in ROLES
         and isinstance(value.get("content"), str)
         and isinstance(value.get("metadata", ""), str)
+        and isinstance(value.get("image", ""), str)
+        and PICTURE.fullmatch(value.get("image", "")) is not None
     )
 
 
@@ -187,11 +212,19 @@ def without(saved: list[Conversation], conversation_id: str) -> list[Conversatio
     return [other for other in saved if other["id"] != conversation_id]
 
 
+def without_picture(conversation: Conversation) -> Conversation:
+    """The conversation with a note in the place of its picture."""
+    messages = [{**message, "image": ""} if "image" in message else message for message in conversation["messages"]]
+    return with_messages(conversation, messages)
+
+
 def with_saved(saved: list[Conversation], conversation: Conversation) -> list[Conversation]:
-    """Put a conversation first. The oldest ones go where there is no room for all."""
+    """Put a conversation first. The oldest ones go where there is no room for all, and before them their pictures."""
     kept: list[Conversation] = []
-    room = MAX_SAVED_CHARACTERS
+    room, picture_room = MAX_SAVED_CHARACTERS, MAX_PICTURE_CHARACTERS
     for other in [conversation, *without(saved, conversation["id"])][:MAX_SAVED]:
+        picture_room -= sum(len(message.get("image", "")) for message in other["messages"])
+        other = without_picture(other) if picture_room < 0 else other
         room -= len(json.dumps(other))
         if not other["messages"] or room < 0:
             continue
@@ -201,7 +234,9 @@ def with_saved(saved: list[Conversation], conversation: Conversation) -> list[Co
 
 __all__ = [
     "called_tool",
+    "has_picture",
     "new_conversation",
+    "picture_taken_back",
     "read_saved",
     "read_tools",
     "shown",

@@ -20,12 +20,15 @@ What is unusual here:
 - Old conversations are kept in the visitor's browser (`localStorage`) and nowhere else. They are read from there right
   before they are changed and written right behind, so that two windows do not overwrite each other's.
 - The words are set anew when the language changes: `Page.words` lists each component with the word it shows.
+- A picture is read from the upload into the visitor's session, and its file deleted. Messages hold it as a data address.
 - `OwnHostOnly` tells the browser to ask no other host for anything, whatever a model writes (a picture, a script).
 """
 
 import html
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import AutoConfig, GenerationConfig
 
 from . import web_conversation as conversations
+from .picture_files import read_address, read_picture, write_address
 from .web_answers import Settings, answer
 from .web_conversation import Conversation
 from .web_loading import LoadingModel
@@ -46,6 +50,10 @@ from .web_texts import TEXTS, pick_language
 
 MAX_MESSAGE_LENGTH = 20_000
 MAX_WAITING = 64
+# Of a picture before it is made smaller.
+MAX_UPLOAD = "16mb"
+# Pixels of a picture in a bubble.
+SHOWN_SIDE = 240
 LATEX = [
     {"left": "$$", "right": "$$", "display": True},
     {"left": "\\[", "right": "\\]", "display": True},
@@ -87,7 +95,8 @@ CSS = """
 #chat .token.punctuation { color: inherit; }
 .dark #chat .token { filter: brightness(1.4); }
 #name h2 { overflow-wrap: anywhere; }
-#top { align-items: center; }
+#top, #picture { align-items: center; }
+#preview img { max-height: 80px; }
 #progress progress { width: 100%; height: 12px; display: block; }
 #progress .error { color: var(--error-text-color); }
 @media (max-width: 768px) { #top { padding-left: 28px; } #name h2 { font-size: var(--text-lg); }
@@ -124,6 +133,7 @@ class PageSettings:
         generation: where the sliders for `temperature` and `top_p` stand at first.
         functions: tools that run by themselves, by name; `None` for a model that knows no tools.
         concurrency: how many answers are written at the same time.
+        picture_side: pixels of a picture's side as the model is shown it; 0 for one that reads text alone.
     """
 
     name: str
@@ -131,6 +141,7 @@ class PageSettings:
     generation: Mapping[str, float]
     functions: Mapping[str, Tool] | None
     concurrency: int
+    picture_side: int = 0
 
     @classmethod
     def of_folder(cls, folder: Path, functions: Mapping[str, Tool], concurrency: int) -> "PageSettings":
@@ -154,6 +165,8 @@ class PageSettings:
             # CODEPATH: chatglm-6b and chatglm2-6b answer with text alone; chatglm3-6b and glm-4-9b call tools.
             functions=None if chat_format.response_template is None else functions,
             concurrency=concurrency,
+            # CODEPATH: glm-4v-9b; the others read text alone.
+            picture_side=config.vision_config["image_size"] if config.vision_config else 0,
         )
 
 
@@ -164,10 +177,12 @@ class Session:
     Attributes:
         conversation: the one that is open.
         turn: the answer that is being written to it; another object, or none, tells an answer that it is not wanted.
+        picture: the data address of a picture that the next question is about, or an empty string.
     """
 
     conversation: Conversation = field(default_factory=lambda: {"id": "", "messages": []})
     turn: object = None
+    picture: str = ""
 
 
 @dataclass
@@ -253,6 +268,16 @@ class Page:
             layout="bubble",
             placeholder=texts["welcome"].format(model=self.settings.name),
         )
+        # CODEPATH: glm-4v-9b is shown pictures.
+        with gr.Row(visible=bool(self.settings.picture_side), elem_id="picture"):
+            self.attach = self.word(
+                gr.UploadButton(
+                    texts["attach"], file_types=["image"], scale=0, min_width=160, size="sm", elem_id="attach"
+                ),
+                label="attach",
+            )
+            self.preview = gr.HTML(visible=False, elem_id="preview")
+            self.detach = gr.Button("✕", visible=False, scale=0, min_width=44, size="sm", elem_id="detach")
         self.textbox = gr.Textbox(
             show_label=False,
             lines=1,
@@ -264,9 +289,24 @@ class Page:
             elem_id="message",
         )
 
+    @property
+    def talk(self) -> list[Any]:
+        """What shows the conversation and what may come next; see `show`."""
+        return [self.chatbot, self.textbox, self.preview, self.detach]
+
     def add_answers(self) -> None:
         """What is answered by the model, and the button that stops it."""
-        question = {"outputs": [self.chatbot, self.textbox], **QUIET}
+        question = {"outputs": self.talk, **QUIET}
+        # In the queue: without it, warnings are not shown (Gradio 6.31).
+        self.attach.upload(
+            self.take_picture,
+            [self.session, self.language, self.attach],
+            self.talk,
+            concurrency_limit=None,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+        self.detach.click(self.drop_picture, [self.session, self.language], self.talk, **QUIET)
         asked = self.textbox.submit(self.ask, [self.session, self.language, self.textbox], **question)
         retried = self.chatbot.retry(self.retry, [self.session, self.language], **question)
         edited = self.chatbot.edit(self.edit, [self.session, self.language], **question)
@@ -288,7 +328,7 @@ class Page:
         # A failure is not among what `then` follows (Gradio 6.31).
         for ended in (answered.then, answered.failure):
             inputs = [self.saved, self.session, self.language]
-            outputs = [self.saved, self.chats, self.chatbot, self.textbox]
+            outputs = [self.saved, self.chats, *self.talk]
             self.then_save(ended(self.finish, inputs, outputs, js=READ_SAVED, **QUIET))
         return answered
 
@@ -299,7 +339,7 @@ class Page:
     def add_commands(self) -> None:
         """What goes without the model."""
         inputs = [self.saved, self.session, self.language]
-        outputs = [self.saved, self.chats, self.chatbot, self.textbox]
+        outputs = [self.saved, self.chats, *self.talk]
         kwargs = {"js": READ_SAVED, "cancels": self.answers, **QUIET}
         self.then_save(self.chatbot.undo(self.undo, inputs, outputs, **kwargs))
         self.then_save(self.chatbot.clear(self.clear, inputs, outputs, **kwargs))
@@ -310,7 +350,7 @@ class Page:
         ).then(
             self.show_words,
             [self.language, self.session],
-            [self.chatbot, self.textbox, *self.components_with_words()],
+            [*self.talk, *self.components_with_words()],
             **QUIET,
         ).then(None, self.language, None, js=WRITE_LANGUAGE, **QUIET)
         self.theme.click(None, None, None, js=SWITCH_THEME, **QUIET)
@@ -326,7 +366,7 @@ class Page:
         ).then(
             self.show_words,
             [self.language, self.session],
-            [self.chatbot, self.textbox, *self.components_with_words()],
+            [*self.talk, *self.components_with_words()],
             **QUIET,
         ).then(
             self.watch_loading,
@@ -343,16 +383,18 @@ class Page:
 
     # The handlers: what they get are the inputs above, what they return goes to the outputs.
 
-    def show(self, session: Session, language: str) -> tuple[Any, Any]:
-        """The open conversation, and what the box below it asks for."""
+    def show(self, session: Session, language: str) -> tuple[Any, ...]:
+        """The open conversation, what the box below it asks for, and the picture that is to come, for `talk`."""
         texts, messages = TEXTS[pick_language(language)], session.conversation["messages"]
         tool = conversations.called_tool(messages)
         return (
             gr.update(
-                value=conversations.shown(messages, texts),
+                value=bubbles(messages, texts),
                 placeholder=texts["welcome"].format(model=self.settings.name),
             ),
             gr.update(placeholder=texts["result"].format(name=tool) if tool else texts["question"]),
+            gr.update(value=as_html(session.picture, texts), visible=bool(session.picture)),
+            gr.update(visible=bool(session.picture)),
         )
 
     def show_words(self, language: str, session: Session) -> list[Any]:
@@ -386,28 +428,49 @@ class Page:
         else:
             yield gr.update(value="", visible=False), gr.update(interactive=True)
 
-    def ask(self, session: Session, language: str, text: str | None) -> tuple[Any, Any]:
-        text = text or ""
-        if len(text) > MAX_MESSAGE_LENGTH:
-            raise as_error(TEXTS[pick_language(language)]["too_long"].format(limit=MAX_MESSAGE_LENGTH))
-        if not text.strip():
-            return gr.skip(), gr.skip()
-        return self.begin(session, conversations.with_question(session.conversation, text), language)
+    def take_picture(self, session: Session, language: str, path: str) -> tuple[Any, ...]:
+        """Keep an uploaded picture for the next question, and no file of it."""
+        texts = TEXTS[pick_language(language)]
+        file = Path(path)
+        try:
+            content = file.read_bytes()
+            file.unlink()
+            if not self.settings.picture_side or conversations.has_picture(session.conversation):
+                raise ValueError(texts["one_picture"])
+            session.picture = write_address(read_picture(content), self.settings.picture_side)
+        except (OSError, ValueError) as error:
+            # Gradio would lay an error over everything that is shown anew.
+            gr.Warning(str(error))
+        return self.show(session, language)
 
-    def retry(self, session: Session, language: str) -> tuple[Any, Any]:
+    def drop_picture(self, session: Session, language: str) -> tuple[Any, ...]:
+        session.picture = ""
+        return self.show(session, language)
+
+    def ask(self, session: Session, language: str, text: str | None) -> tuple[Any, ...]:
+        text, texts = text or "", TEXTS[pick_language(language)]
+        if len(text) > MAX_MESSAGE_LENGTH:
+            raise as_error(texts["too_long"].format(limit=MAX_MESSAGE_LENGTH))
+        if not text.strip():
+            return tuple(gr.skip() for _ in self.talk)
+        conversation = conversations.with_question(session.conversation, text, session.picture)
+        session.picture = ""
+        return self.begin(session, conversation, language)
+
+    def retry(self, session: Session, language: str) -> tuple[Any, ...]:
         return self.begin(session, conversations.without_last_answer(session.conversation), language)
 
-    def edit(self, session: Session, language: str, event: gr.EditData) -> tuple[Any, Any]:
+    def edit(self, session: Session, language: str, event: gr.EditData) -> tuple[Any, ...]:
         index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
         edited = conversations.with_edited(session.conversation, index, str(event.value))
         return self.begin(session, edited, language)
 
-    def begin(self, session: Session, conversation: Conversation, language: str) -> tuple[Any, Any]:
+    def begin(self, session: Session, conversation: Conversation, language: str) -> tuple[Any, ...]:
         """The page while it is busy: nothing can be typed, and the button stops."""
         session.conversation = conversation
-        chat, _ = self.show(session, language)
+        chat, _, *picture = self.show(session, language)
         stop = TEXTS[pick_language(language)]["stop"]
-        return chat, gr.update(value="", interactive=False, submit_btn=False, stop_btn=stop)
+        return chat, gr.update(value="", interactive=False, submit_btn=False, stop_btn=stop), *picture
 
     def answer(
         self,
@@ -433,6 +496,7 @@ class Page:
             generation={"max_length": int(max_length), "temperature": temperature, "top_p": top_p},
             tools=described,
             functions={name: known[name] for name in functions},
+            sees=bool(self.settings.picture_side),
         )
         turn = session.turn = object()
         try:
@@ -440,24 +504,30 @@ class Page:
                 if session.turn is not turn:
                     return
                 session.conversation = conversation
-                yield conversations.shown(conversation["messages"], texts)
+                yield bubbles(conversation["messages"], texts)
         except (TypeError, ValueError) as error:
             raise as_error(str(error)) from error
 
     def finish(self, saved: Any, session: Session, language: str) -> tuple[Any, ...]:
         """The page after an answer. A question without one goes back to where it was typed."""
-        session.conversation, question = conversations.without_open_question(session.conversation)
+        asked = session.conversation
+        session.conversation, question = conversations.without_open_question(asked)
+        session.picture = conversations.picture_taken_back(asked, session.conversation) or session.picture
         saved = conversations.with_saved(conversations.read_saved(saved), session.conversation)
-        chat, box = self.show(session, language)
+        chat, box, *picture = self.show(session, language)
         box = {**box, "interactive": True, "submit_btn": True, "stop_btn": False}
-        return saved, self.list_chats(saved, session), chat, {**box, "value": question} if question else box
+        box = {**box, "value": question} if question else box
+        return saved, self.list_chats(saved, session), chat, box, *picture
 
     def undo(self, saved: Any, session: Session, language: str) -> tuple[Any, ...]:
         conversation, question = conversations.without_last_question(session.conversation)
+        session.picture = conversations.picture_taken_back(session.conversation, conversation) or session.picture
         # Otherwise the question would stay in the list of old conversations.
         saved = conversations.without(conversations.read_saved(saved), conversation["id"])
-        *outputs, box = self.go_to(conversation, conversations.with_saved(saved, conversation), session, language)
-        return *outputs, {**box, "value": question}
+        saved, chats, chat, box, *picture = self.go_to(
+            conversation, conversations.with_saved(saved, conversation), session, language
+        )
+        return saved, chats, chat, {**box, "value": question}, *picture
 
     def clear(self, saved: Any, session: Session, language: str) -> tuple[Any, ...]:
         saved = conversations.without(conversations.read_saved(saved), session.conversation["id"])
@@ -481,7 +551,32 @@ class Page:
     ) -> tuple[Any, ...]:
         """Open another conversation. An answer to this one is not wanted any more."""
         session.turn, session.conversation = None, conversation
+        if conversations.has_picture(conversation):
+            session.picture = ""
         return saved, self.list_chats(saved, session), *self.show(session, language)
+
+
+def bubbles(messages: list[dict[str, Any]], texts: dict[str, str]) -> list[dict[str, Any]]:
+    """The bubbles of a conversation, with pictures above what is said of them."""
+    made = []
+    for bubble in conversations.shown(messages, texts):
+        address = bubble.pop("image", "")
+        content = [gr.HTML(as_html(address, texts)), bubble["content"]] if address else bubble["content"]
+        made.append({**bubble, "content": content})
+    return made
+
+
+@lru_cache(maxsize=64)
+def smaller(address: str) -> str:
+    """A picture as bubbles show it, which are sent again with every token; empty if there is none in the address."""
+    with suppress(ValueError):
+        return write_address(read_picture(read_address(address)), SHOWN_SIDE)
+    return ""
+
+
+def as_html(address: str, texts: dict[str, str]) -> str:
+    """An element that shows a picture; what comes from a browser is read and written anew."""
+    return f'<img src="{smaller(address)}" alt="{texts["picture"]}">' if address else ""
 
 
 def as_error(message: str) -> gr.Error:
@@ -505,7 +600,7 @@ def start(settings: PageSettings, loading: LoadingModel, host: str, port: int) -
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        max_file_size=0,
+        max_file_size=MAX_UPLOAD if settings.picture_side else 0,
         enable_monitoring=False,
         footer_links=[],
         quiet=True,
