@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Trains the small GLM-4V checkpoint of this folder, `tiny-glm4v`, to tell shapes and colours on the pictures of `drawings.py`.
+"""Trains a small GLM-4V to tell shapes and colours on the pictures of `drawings.py`.
 
-`python examples/train_tiny_vision.py` takes some ten minutes on one core. All of it is learnt from nothing: the eyes, the
+`python examples/train_tiny_vision.py` takes ten to twenty minutes on one core. All of it is learnt from nothing: the eyes, the
 adapter and the text part. No drawing is seen twice. At the end the model is asked about drawings it has not seen, those
 of the pairs of shape and colour that it was taught and those of the pairs that were held out, and
 `accuracy.json` says how often it was right along the way.
@@ -54,7 +54,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch.nn.functional import cross_entropy
-from train_tiny import EXAMPLES, as_batch, train
+from train_tiny import as_batch, train
 from transformers import AutoModel, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -210,7 +210,7 @@ def accuracy(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=EXAMPLES / "tiny-glm4v")
+    parser.add_argument("--output", type=Path, default=Path("output/tiny-glm4v"))
     parser.add_argument("--seeing-epochs", type=int, default=110, help="for the eyes alone (%(default)s)")
     parser.add_argument("--epochs", type=int, default=35, help="for all of it (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
