@@ -223,6 +223,9 @@ class ChatGLMConfig(PreTrainedConfig):
             except StrictDataclassFieldValidationError as error:
                 raise ValueError(f"`{name}`: {error}") from error
         self._check_inherited(kwargs)
+        # CODEPATH: chatglm2 and its successors have a key that vLLM cannot do without; chatglm-6b has not.
+        if self.rotary_interleaved:
+            kwargs.setdefault("original_rope", True)
         if self.quantization_bit and kwargs.get("quantization_config") is None:
             kwargs["quantization_config"] = {"quant_method": "chatglm", "bits": self.quantization_bit}
         self._fill_in_defaults()
@@ -470,9 +473,6 @@ class ChatGLMConfig(PreTrainedConfig):
         # vLLM (0.32) takes any file with the first of these keys for one of a model that sees, whatever its value.
         if self.vision_config is None:
             config_dict = {key: value for key, value in config_dict.items() if key not in VISION_KEYS}
-        # CODEPATH: chatglm2 and its successors have a key that vLLM cannot do without; chatglm-6b has not.
-        if self.rotary_interleaved:
-            config_dict.setdefault("original_rope", True)
         # llama.cpp's converter reads it beside the published name.
         return {**config_dict, "vocab_size": self.vocab_size}
 
