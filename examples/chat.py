@@ -73,6 +73,7 @@ class Conversation:
         tools: descriptions of tools that are offered; `None` for none.
         history: the messages after that, as dicts.
         is_call: whether the last answer is a call, so that what is said next is its result.
+        image: the file of a picture that goes with the next question.
     """
 
     model: PreTrainedModel
@@ -82,12 +83,13 @@ class Conversation:
     tools: list[Any] | dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     is_call: bool = False
+    image: str | None = None
     cache: Any = None
     clock: TokenClock | None = None
 
     def clear(self) -> None:
         """Forget what was said. The system message and the tools stay."""
-        self.history, self.cache, self.is_call = [], None, False
+        self.history, self.cache, self.is_call, self.image = [], None, False, None
 
     def beginning(self) -> list[dict[str, Any]]:
         """The message before the conversation, if there is one.
@@ -128,6 +130,8 @@ class Conversation:
         before = self.beginning()
         self.clock = TokenClock()
         settings = {"past_key_values": self.cache, "return_past_key_values": True, **self.generate_kwargs}
+        settings |= {"image": self.image} if self.image else {}
+        self.image = None
         settings |= {"role": "observation" if self.is_call else "user", "stopping_criteria": [self.clock]}
         shown = ""
         with (
@@ -164,7 +168,7 @@ class Conversation:
             raise ValueError("nothing was said yet")
         question = history.pop()
         kept = self.history, self.is_call
-        self.history, self.is_call = history, question["role"] == "observation"
+        self.history, self.is_call, self.image = history, question["role"] == "observation", question.get("image")
         try:
             self.say(question["content"])
         finally:

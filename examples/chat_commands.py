@@ -32,6 +32,7 @@ HELP = {
     "/clear": "forget the conversation; the system message and the tools stay",
     "/system TEXT": "what is said before the conversation; without a text, nothing",
     "/tools FILE": "offer the tools of a JSON file, a list of descriptions; without a file, none",
+    "/image FILE": "show a picture with the next question, to a model that sees; without a file, none",
     "/save FILE": "write the conversation to a JSON file",
     "/load FILE": "go on with such a conversation",
     "/retry": "ask the last question again",
@@ -74,6 +75,16 @@ def set_tools(conversation: Any, text: str) -> None:
     conversation.replace(tools=tools)
     if tools:
         note(f"{len(tools)} tools are offered. What you say after a call is its result.")
+
+
+def show_image(conversation: Any, text: str) -> None:
+    if text and conversation.model.config.vision_config is None:
+        raise ValueError("this model reads text alone; GLM-4V sees pictures")
+    image = str(path_of(text)) if text else None
+    if image:
+        conversation.tokenizer.encode_pictures([image])
+        note(f"{image} goes with the next question")
+    conversation.image = image
 
 
 def save(conversation: Any, text: str) -> None:
@@ -140,6 +151,7 @@ COMMANDS: dict[str, Callable[[Any, str], None]] = {
     "clear": clear,
     "system": set_system,
     "tools": set_tools,
+    "image": show_image,
     "save": save,
     "load": load,
     "retry": retry,

@@ -208,6 +208,35 @@ def test_stats_count_tokens(talk: Callable[..., Any], loaded: tuple[PreTrainedMo
     assert "tokens a second" in notes[1]
 
 
+@pytest.mark.usefixtures("leave_the_auto_classes_alone")
+def test_a_picture_goes_with_the_next_question(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], reference_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="reads text alone"):
+        chat_commands.run_command("/image a.png", chat.Conversation(*loaded))
+    picture = reference_dir / "glm4v" / "images" / "square.png"
+    seeing = chat.load(reference_dir / "glm4v", "cpu", "float32")
+    conversation = chat.Conversation(*seeing, {"temperature": 0, "max_new_tokens": 3})
+    with pytest.raises(ValueError, match="nothing.png"):
+        chat_commands.run_command("/image nothing.png", conversation)
+    chat_commands.run_command(f"/image {picture}", conversation)
+    conversation.say("What is this?")
+    conversation.say("And what else?")
+    assert [message.get("image") for message in conversation.history] == [str(picture), None, None, None]
+    saved = tmp_path / "saved.json"
+    chat_commands.run_command(f"/save {saved}", conversation)
+    chat_commands.run_command("/clear", conversation)
+    chat_commands.run_command(f"/load {saved}", conversation)
+    before = list(conversation.history)
+    chat_commands.run_command("/retry", conversation)
+    assert conversation.history == before
+    chat_commands.run_command("/clear", conversation)
+    chat_commands.run_command(f"/image {picture}", conversation)
+    conversation.say("What is this?")
+    chat_commands.run_command("/retry", conversation)
+    assert conversation.history[0]["image"] == str(picture)
+
+
 def test_tools_of_a_file_are_called_and_given_results(talk: Callable[..., Any], tmp_path: Path) -> None:
     file, saved = tmp_path / "tools.json", tmp_path / "saved.json"
     file.write_text(json.dumps([WEATHER]), encoding="utf-8")
