@@ -78,6 +78,7 @@ def test_one_question(run_chat: Callable[..., tuple[int, str, str]]) -> None:
     assert run_chat("--once", "你好") == (0, f"{HELLO}\n", "")
 
 
+@pytest.mark.grid
 def test_through_a_pipe() -> None:
     lines = ["你好", "My name is Lily.", "", "What is my name?", "clear", "What is my name?", "stop", "Hello!"]
     # Where the environment asks for another encoding than UTF-8, as on Windows.

@@ -189,6 +189,7 @@ def test_whatever_loses_the_context_is_refused(model: ModelMaker) -> None:
 
 
 @pytest.mark.compiler
+@pytest.mark.grid
 @pytest.mark.slow
 def test_flex_equals_sdpa(model: ModelMaker) -> None:
     chatglm, ids = model(kv_channels=16, hidden_size=64), prompt()

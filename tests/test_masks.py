@@ -98,8 +98,9 @@ def test_packed_samples_do_not_see_each_other(
 
 
 @pytest.mark.compiler
+@pytest.mark.grid
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [pytest.param("packed", marks=pytest.mark.grid), "given"])
+@pytest.mark.parametrize("way", ["packed", "given"])
 @torch.no_grad()
 def test_flex_equals_sdpa(tiny_model: ModelMaker, way: str) -> None:
     chatglm, ids = tiny_model(pre_seq_len=5), ids_of(2, 7)

@@ -510,6 +510,7 @@ def tensor_parallel_script(tmp_path: Path) -> Iterator[Path]:
     yield script
 
 
+@pytest.mark.grid
 @pytest.mark.slow
 def test_tensor_parallel_equals_one_process(case_folder: Callable[[str], Path], tensor_parallel_script: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

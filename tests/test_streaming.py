@@ -157,6 +157,7 @@ print("answered")
 """
 
 
+@pytest.mark.grid
 def test_open_streams_end_with_the_program(case_folder: Callable[[str], Path]) -> None:
     command = [sys.executable, "-c", PROGRAM, str(case_folder("chatglm3"))]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

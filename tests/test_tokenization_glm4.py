@@ -177,6 +177,7 @@ def test_vocabularies_with_every_kind_of_tie_equal_the_definition(
         assert text_ids(tokenizer, strings) == [encoder.encode(text) for text in strings]
 
 
+@pytest.mark.grid
 def test_a_vocabulary_of_the_published_size(tokenizer_class: Any, recorded: dict[str, Any], tmp_path: Path) -> None:
     """It loads in 1.5 s; ten times as much would be a fault."""
     generator = random.Random(0)

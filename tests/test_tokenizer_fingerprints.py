@@ -39,6 +39,7 @@ print(json.dumps([Hasher.hash(load(folder)) for folder in sys.argv[1:]]))
 """
 
 
+@pytest.mark.grid
 def test_fingerprints_are_equal_in_every_process(case_folder: Callable[[str], Path]) -> None:
     folders = [str(case_folder(name)) for name in GENERATION_CASES]
     run = subprocess.run([sys.executable, "-c", SCRIPT, *folders], stdout=subprocess.PIPE, text=True, check=True)
