@@ -125,6 +125,8 @@ class ChatGLM6BConformanceTest(GenerationConformanceTest, unittest.TestCase):
     model_tester = ChatGLMModelTester(**TINY["chatglm"])
 
 
+# ChatGLM2 and GLM-4 have the network of ChatGLM3, with other positions.
+@pytest.mark.grid
 class ChatGLM2ConformanceTest(GenerationConformanceTest, unittest.TestCase):
     model_tester = ChatGLMModelTester(**TINY["chatglm2"])
 
@@ -133,6 +135,7 @@ class ChatGLM3ConformanceTest(GenerationConformanceTest, unittest.TestCase):
     model_tester = ChatGLMModelTester(model_version="chatglm3")
 
 
+@pytest.mark.grid
 class GLM4ConformanceTest(GenerationConformanceTest, unittest.TestCase):
     model_tester = ChatGLMModelTester(**TINY["glm4"])
 
