@@ -13,7 +13,9 @@
 # limitations under the License.
 """The library's quantized cache holds the keys and values of every generation."""
 
+import importlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,17 @@ from transformers import QuantizedCache
 pytestmark = pytest.mark.programs
 
 NUM_PROMPT, NUM_NEW = 20, 60
+
+
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """quanto builds this one function in C++ before it first unpacks, which takes a minute."""
+    extension = importlib.import_module("optimum.quanto.library.extensions.cpp").ext
+    monkeypatch.setattr(extension, "_lib", SimpleNamespace(unpack=unpack))
 
 
 @every_generation
