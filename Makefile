@@ -20,8 +20,9 @@
 PYTHON ?= python3
 MODEL ?= examples/tiny-chatglm3
 ARGS ?=
-# Tests that run at the same time.
+# Tests that run at the same time; those of a file in one process, so that what they share is made once.
 WORKERS ?= 2
+TOGETHER := -n $(WORKERS) --dist loadfile
 # Inputs of each kind that `make fuzz` tries.
 EXAMPLES ?= 5000
 
@@ -35,24 +36,28 @@ CONFORMANCE := .conformance
 # The files mlinter has rules for.
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py tokenization_*.py generation_*.py)
 
-.PHONY: setup chat test test-grid test-floor test-programs test-engines test-browser fuzz conformance style fix bench bench-gpu docs-check
+.PHONY: setup environments chat test test-grid test-floor test-programs test-engines test-browser fuzz conformance style fix bench bench-gpu docs-check
 
 setup: $(NEWEST)/installed
+
+# All that CI needs, several at a time with `make -j`.
+environments: $(NEWEST)/installed $(FLOOR)/installed $(PROGRAMS)/installed $(PROGRAMS)/torchvision/installed \
+	$(CONFORMANCE)/unpacked
 
 chat: setup
 	@$(NEWEST)/bin/python examples/chat.py $(MODEL) $(ARGS)
 
 test: setup
-	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m 'not grid and not programs and not engines and not browser' $(ARGS)
+	$(NEWEST)/bin/python -m pytest $(TOGETHER) -m 'not grid and not programs and not engines and not browser' $(ARGS)
 
 test-grid: setup
 	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m grid $(ARGS)
 
 test-floor: $(FLOOR)/installed
-	$(FLOOR)/bin/python -m pytest -n $(WORKERS) -m 'floor and not grid' $(ARGS)
+	$(FLOOR)/bin/python -m pytest $(TOGETHER) -m 'floor and not grid' $(ARGS)
 
 test-programs: $(PROGRAMS)/installed $(PROGRAMS)/torchvision/installed
-	$(PROGRAMS)/bin/python -m pytest -n $(WORKERS) -m programs $(ARGS)
+	$(PROGRAMS)/bin/python -m pytest $(TOGETHER) -m programs $(ARGS)
 
 test-engines: $(ENGINES)/installed $(VLLM)/installed
 	$(ENGINES)/bin/python -m pytest -m engines $(ARGS)
