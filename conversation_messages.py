@@ -70,6 +70,13 @@ def content_text(content: Any, place: str) -> str:
     return "".join(texts)
 
 
+def may_have_picture(message: Any) -> bool:
+    """Whether a message has more than a text, so that looking for a picture in it is worth the time."""
+    return isinstance(message, Mapping) and (
+        message.get("image") is not None or isinstance(message.get("content"), (list, tuple))
+    )
+
+
 def take_picture(message: Mapping[str, Any], place: str) -> tuple[Mapping[str, Any], Any]:
     """A message without its picture, and the picture: that of `image`, or of a part in a form of the library or OpenAI.
 
@@ -100,4 +107,4 @@ def take_picture(message: Mapping[str, Any], place: str) -> tuple[Mapping[str, A
     return without, pictures[0] if pictures else None
 
 
-__all__ = ["Message", "ROLES", "check_text", "content_text", "take_picture"]
+__all__ = ["Message", "ROLES", "check_text", "content_text", "may_have_picture", "take_picture"]

@@ -44,6 +44,7 @@ from transformers.utils import cached_file, logging
 
 from .configuration_chatglm import infer_model_version
 from .conversation_chatglm import ConversationFormat, check_text
+from .conversation_messages import may_have_picture
 from .tokenization_chatglm_6b import ChatGLM6BTokenizer
 from .tokenization_conversation import is_possible_id, take_extra_tokens
 from .tokenization_plain import (
@@ -613,9 +614,7 @@ def _pictures(conversation: Any, chat_format: ConversationFormat) -> list[Any]:
     messages = [message for chat in chats if isinstance(chat, (list, tuple)) for message in chat]
     pictures: list[Any] = []
     for message in messages:
-        if isinstance(message, Mapping) and (
-            message.get("image") is not None or isinstance(message.get("content"), list)
-        ):
+        if may_have_picture(message):
             pictures += [known["image"] for known in chat_format.normalize_messages([message]) if "image" in known]
     return pictures
 

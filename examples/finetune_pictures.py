@@ -70,7 +70,7 @@ def picture_of(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> A
         TypeError, ValueError: for a conversation that has no form in this generation.
     """
     # Texts, which are many, are not gone through twice.
-    if not any(message.get("image") is not None or isinstance(message.get("content"), list) for message in messages):
+    if not any(map(load_module("conversation_messages").may_have_picture, messages)):
         return None
     known = tokenizer.chat_format.normalize_messages(messages)
     return next((message["image"] for message in known if "image" in message), None)

@@ -90,6 +90,7 @@ ARROWS: dict[str, set[str]] = {
     "tokenization_chatglm": {
         "configuration_chatglm",
         "conversation_chatglm",
+        "conversation_messages",
         "image_processing_chatglm",
         "tokenization_chatglm_6b",
         "tokenization_conversation",
