@@ -84,6 +84,23 @@ def check_before_decoding(image: Image.Image) -> None:
         raise ValueError("A picture is PostScript, which another program would have to run: convert it to PNG first.")
 
 
+def read_upright(file: Any, formats: list[str] | tuple[str, ...] | None = None) -> Image.Image:
+    """The picture in a file as RGB, turned upright as the file says.
+
+    Args:
+        file: a path, or a file that is open.
+        formats: those of Pillow that are read; all it has where there are none.
+
+    Raises:
+        UnidentifiedImageError: for what is no picture of these formats.
+        ValueError, OSError, ...: one of `DECODING_ERRORS`, for one that is broken or has too many pixels.
+    """
+    with Image.open(file, formats=formats) as image:
+        check_before_decoding(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        return as_rgb(image)
+
+
 def open_picture(source: str | os.PathLike[str]) -> Image.Image:
     """Open a picture as RGB, turned upright as its file says.
 
@@ -103,10 +120,7 @@ def open_picture(source: str | os.PathLike[str]) -> Image.Image:
     is_file = os.path.isfile(name)
     try:
         file: Any = name if is_file else io.BytesIO(base64.b64decode(name.partition(",")[2] or name))
-        with Image.open(file) as image:
-            check_before_decoding(image)
-            ImageOps.exif_transpose(image, in_place=True)
-            return as_rgb(image)
+        return read_upright(file)
     except (binascii.Error, UnidentifiedImageError):
         what = (
             "this file is no picture" if is_file else "this is no file, no address (http, https) and no base64 of one"
@@ -271,4 +285,4 @@ class ChatGLMImageProcessor(PictureSteps, TorchvisionBackend):
         return image
 
 
-__all__ = ["ChatGLMImageProcessor", "ChatGLMImageProcessorPil", "as_rgb", "open_picture"]
+__all__ = ["ChatGLMImageProcessor", "ChatGLMImageProcessorPil", "as_rgb", "open_picture", "read_upright"]

@@ -134,11 +134,9 @@ class PictureReader:
         processing = load_module("image_processing_chatglm")
         try:
             with processing.Image.open(picture) as image:
-                width, height = image.size
-        except (OSError, processing.Image.DecompressionBombError) as error:
+                processing.check_before_decoding(image)
+        except processing.DECODING_ERRORS as error:
             raise ValueError(f"the picture {picture} cannot be read: {error}") from error
-        if width * height > processing.MOST_PIXELS:
-            raise ValueError(f"the picture {picture} has {width} × {height} pixels; make it smaller first")
 
     def read(self, pictures: Sequence[Any]) -> torch.Tensor:
         """The pixels of pictures.

@@ -56,13 +56,11 @@ def read_picture(content: bytes) -> Any:
         ValueError: for what is no picture, and for one that is too large.
     """
     # Here, because those who read text alone may not have Pillow.
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     processing = load_module("image_processing_chatglm")
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            processing.check_before_decoding(image)
-            return processing.as_rgb(ImageOps.exif_transpose(image))
+        return processing.read_upright(io.BytesIO(content), FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"The picture cannot be read: it is none of {', '.join(FORMATS)}.") from None
     except processing.DECODING_ERRORS as error:
