@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GlmConfig, GlmForCausalLM
+from transformers import GlmForCausalLM
 
 
-# The examples' helper loads this checkout's code.
-sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+# The examples' helper loads this checkout's code, and a script knows the native model's settings.
+sys.path += [str(Path(__file__).resolve().parent.parent / folder) for folder in ("examples", "scripts")]
 
+from export_native import native_config  # noqa: E402
 from local_code import REPOSITORY, load_module, load_tokenizer  # noqa: E402
 
 
@@ -46,25 +47,11 @@ def build_slice(num_layers: int, dtype: torch.dtype, device: str = "cpu", **sett
 
 def build_native(model: Any) -> GlmForCausalLM:
     """Transformers' native model of the same shape, on the very weights of ours, so it takes no memory of its own."""
-    config = model.config
-    native_config = GlmConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        pad_token_id=0,
-        eos_token_id=2,
-        dtype=model.dtype,
-    )
+    config = native_config(model.config, model.dtype, stop_ids=[2])
     with torch.device("meta"):
-        native = GlmForCausalLM(native_config)
+        native = GlmForCausalLM(config)
     # Its frequencies are no weights.
-    native.model.rotary_emb = type(native.model.rotary_emb)(native_config).to(model.device)
+    native.model.rotary_emb = type(native.model.rotary_emb)(config).to(model.device)
     share_weights(model, native)
     return native.eval()
 
