@@ -14,10 +14,7 @@
 """What must hold for the decoder whatever its weights are: the same answer by every way of computing it."""
 
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
 )
+from waiting import run_in_two_processes
 
 
 ModelMaker = Callable[..., PreTrainedModel]
@@ -513,13 +511,4 @@ def tensor_parallel_script(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.grid
 @pytest.mark.slow
 def test_tensor_parallel_equals_one_process(case_folder: Callable[[str], Path], tensor_parallel_script: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*launch, tensor_parallel_script, *map(case_folder, ("chatglm2-int4", "chatglm3", "chatglm1"))],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_in_two_processes(tensor_parallel_script, *map(case_folder, ("chatglm2-int4", "chatglm3", "chatglm1")))

@@ -14,9 +14,6 @@
 """GLM-4V and what is put around a model: integers, devices, adapters, prefixes, processes."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from waiting import run_in_two_processes
 
 
 Named = Callable[[str], Any]
@@ -257,13 +255,5 @@ def test_tensor_parallel_equals_one_process(case_folder: Named, case: Named, tmp
         encoding="utf-8",
     )
     expected = case("glm4v").expected["single"]["greedy_new_ids"][:5]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*launch, script, case_folder("glm4v"), case("glm4v").files / "expected.safetensors", *map(str, expected)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    tensors = case("glm4v").files / "expected.safetensors"
+    run_in_two_processes(script, case_folder("glm4v"), tensors, *map(str, expected))

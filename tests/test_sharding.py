@@ -16,8 +16,6 @@
 Tensor parallelism in two processes is in `test_modeling_chatglm.py`.
 """
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +27,7 @@ from conftest import REPOSITORY
 from generations import GENERATION_CASES, TINY, every_generation
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, PreTrainedModel
+from waiting import run_in_two_processes
 
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -69,16 +68,7 @@ dist.destroy_process_group()
 def test_fully_sharded_equals_one_process(case_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """The library's own sharding (`DistributedConfig`), which splits every layer by itself."""
     (tmp_path / "sharded.py").write_text(SHARDED, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*command, tmp_path / "sharded.py", *map(case_folder, GENERATION_CASES)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_in_two_processes(tmp_path / "sharded.py", *map(case_folder, GENERATION_CASES), seconds=600)
 
 
 @every_generation

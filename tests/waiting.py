@@ -11,11 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What tests of other processes share: a free port, and waiting for something."""
+"""What tests of other processes share: a free port, waiting for something, and two processes that work together."""
 
+import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +38,17 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 120) -> None:
         if time.monotonic() > deadline:
             pytest.fail(f"did not happen within {seconds} seconds")
         time.sleep(0.02)
+
+
+def run_in_two_processes(script: Path, *words: str | Path, seconds: float = 240) -> str:
+    """Run a script with two processes of one thread each, without GPUs; what it printed."""
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=seconds,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout

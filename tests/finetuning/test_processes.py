@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from waiting import run_in_two_processes
 
 from .short_runs import BUNDLED, EXAMPLES, finetune, losses
 
@@ -91,12 +92,8 @@ dist.destroy_process_group()
 @pytest.mark.slow
 def test_sharded_equals_whole(chatglm: Any, tmp_path: Path) -> None:
     (tmp_path / "sharded.py").write_text(SHARDED, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(tmp_path / "sharded.py"), str(EXAMPLES), str(BUNDLED)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    output = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=600)
-    assert output.returncode == 0, output.stderr
-    sharded = json.loads(re.search(r"losses: (.*)", output.stdout)[1])
+    output = run_in_two_processes(tmp_path / "sharded.py", EXAMPLES, BUNDLED, seconds=600)
+    sharded = json.loads(re.search(r"losses: (.*)", output)[1])
     model = chatglm.ChatGLMForConditionalGeneration.from_pretrained(BUNDLED, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = torch.arange(5, 69).view(4, 16)
