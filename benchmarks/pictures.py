@@ -43,7 +43,7 @@ from torch import nn
 
 # As the published config.json has them; `boi_token_id` and `eoi_token_id` in the quick run lie within its vocabulary.
 GLM4V: dict[str, Any] = {
-    "model_version": "glm4",
+    "model_version": "glm4v",
     "hidden_size": 4096,
     "ffn_hidden_size": 13696,
     "num_attention_heads": 32,

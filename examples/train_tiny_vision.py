@@ -84,7 +84,7 @@ def train_vocabulary(folder: Path) -> None:
     lines = [f"{b64encode(string).decode()} {rank}\n" for rank, string in enumerate(strings)]
     (folder / "tokenizer.model").write_text("".join(lines), encoding="utf-8")
     config = {
-        "model_version": "glm4",
+        "model_version": "glm4v",
         "tokenizer_class": "ChatGLM4Tokenizer",
         "image_size": IMAGE_SIZE,
         "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLM4Tokenizer", None]},
@@ -96,7 +96,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A new model that is laid out as GLM-4V-9B, except for the sizes."""
     begin, end = tokenizer.convert_tokens_to_ids(["<|begin_of_image|>", "<|end_of_image|>"])
     config = load_module("configuration_chatglm").ChatGLMConfig(
-        model_version="glm4",
+        model_version="glm4v",
         num_layers=3,
         hidden_size=64,
         num_attention_heads=4,
