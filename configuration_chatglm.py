@@ -23,8 +23,8 @@ What is unusual here:
 - GLM's published files carry the model type "glm", which is another network in the library by now. They are read, and
   saved as "chatglm".
 - No published file says which generation it belongs to. `model_version` does, and is inferred when it is absent.
-- What distinguishes the generations is data, in `configuration_generations.py`. The rest of the code asks the configuration for
-  single features and never compares `model_version`.
+- What distinguishes the generations is data, in `configuration_generations.py`. The rest of the code asks the
+  configuration for single features and never compares `model_version`.
 """
 
 import math

@@ -16,7 +16,7 @@
 What is unusual here:
 
 - The four linears of every layer are quantized, and on request the output layer and the linears of GLM-4V's eyes;
-  embeddings, norms and biases stay as they are. Rounding is symmetric without a zero point, with one scale for each row of a weight.
+  embeddings, norms, biases stay. Rounding is symmetric, without a zero point, with one scale for each row of a weight.
 - There are three ways in: `model.quantize(bits)`, `from_pretrained(..., quantization_config=...)`, and checkpoints that
   are quantized already. The last two go through `ChatGLMQuantizer`, which the library finds by the name "chatglm".
 - The tensors of a checkpoint tell whether it is quantized. Where the configuration says otherwise, loading stops.
