@@ -96,6 +96,12 @@ def fixed_seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def warnings_said_again() -> None:
+    # `warning_once` remembers what it said in earlier tests.
+    logging.warning_once.cache_clear()
+
+
+@pytest.fixture(autouse=True)
 def fresh_compiler(request: pytest.FixtureRequest) -> None:
     # After another test's shapes it would compile for any shape, which torch's flex attention on CPUs cannot (2.13).
     if request.node.get_closest_marker("compiler"):

@@ -97,8 +97,6 @@ def messages(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str
     logger = logging.get_logger("transformers")
     level = logger.level
     logger.setLevel("WARNING")
-    # `warning_once` remembers what it said in earlier tests.
-    type(logger).warning_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield lambda: [str(warning.message) for warning in caught] + [record.getMessage() for record in caplog.records]

@@ -130,7 +130,6 @@ def test_generation_is_inferred(infer: Callable[..., Any], keys: dict[str, Any],
 def test_unknown_generation_is_chatglm3_and_says_which_key_settles_it(
     config_class: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    transformers_logging.warning_once.cache_clear()
     assert config_class.from_dict({"num_layers": 2}).model_version == "chatglm3"
     assert '"model_version": "chatglm2"' in caplog.text
     caplog.clear()

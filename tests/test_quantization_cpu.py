@@ -371,7 +371,6 @@ def test_without_kernels_weights_are_packed(
         monkeypatch.setattr(llvm_kernels, "load_openmp", lambda: None)
     else:
         monkeypatch.setattr(llvm_kernels.llvm, "parse_assembly", lambda text: 1 / 0)
-    llvm_kernels.logger.warning_once.cache_clear()
     monkeypatch.setattr(llvm_kernels.logger, "propagate", True)
     monkeypatch.setattr(cpu, "compile_kernel", functools.cache(cpu.compile_kernel.__wrapped__))
     weight, scale = random_weight(4, 70, 64, 32)
