@@ -7,7 +7,7 @@
 #   make test ARGS='-k stream_chat'       some of the tests
 #   make test-grid                        every way of fine-tuning, every compiled GPU kernel, the longest runs
 #   make test-programs                    programs of others, such as lm_eval, on all generations
-#   make test-engines                     vLLM, llama.cpp and other engines, on all generations
+#   make test-engines                     vLLM, llama.cpp, ms-swift and other engines, on all generations
 #   make test-browser                     the web page in Chromium, which the machine has to bring
 #   make fuzz                             hostile input, EXAMPLES=5000 of each kind
 #   make conformance                      Transformers' own tests of models and tokenizers
@@ -30,8 +30,9 @@ NEWEST := .venv
 FLOOR := .venv-floor
 PROGRAMS := .venv-programs
 ENGINES := .venv-engines
-# It wants an older Transformers than the rest.
+# These want an older Transformers than the rest.
 VLLM := .venv-vllm
+SWIFT := .venv-swift
 CONFORMANCE := .conformance
 # The files mlinter has rules for.
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py tokenization_*.py generation_*.py)
@@ -59,7 +60,7 @@ test-floor: $(FLOOR)/installed
 test-programs: $(PROGRAMS)/installed $(PROGRAMS)/torchvision/installed
 	$(PROGRAMS)/bin/python -m pytest $(TOGETHER) -m programs $(ARGS)
 
-test-engines: $(ENGINES)/installed $(VLLM)/installed
+test-engines: $(ENGINES)/installed $(ENGINES)/gptqmodel $(VLLM)/installed $(SWIFT)/installed
 	$(ENGINES)/bin/python -m pytest -m engines $(ARGS)
 
 test-browser: $(PROGRAMS)/installed
@@ -105,15 +106,20 @@ $(FLOOR)/installed: requirements/floor.txt requirements/common.txt
 $(PROGRAMS)/installed: requirements/programs.txt requirements/agent.txt requirements/retrieval.txt requirements/serving.txt
 $(ENGINES)/installed: requirements/engines.txt requirements/peers.txt
 $(VLLM)/installed: requirements/vllm.txt
-# Without what its packages ask for beside torch; the file says why.
-$(VLLM)/installed: PIP_FLAGS := --no-deps
+$(SWIFT)/installed: requirements/swift.txt
+# Without what their packages ask for beside torch; the files say why.
+$(VLLM)/installed $(SWIFT)/installed: PIP_FLAGS := --no-deps
 
-$(PROGRAMS)/installed $(ENGINES)/installed $(VLLM)/installed: $(NEWEST)/installed
+$(PROGRAMS)/installed $(ENGINES)/installed $(VLLM)/installed $(SWIFT)/installed: $(NEWEST)/installed
 	@test -x $(@D)/bin/python || $(NEWEST)/bin/python -m venv $(@D)
 	@$(NEWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_FLAGS) \
 		-r requirements/$(patsubst .venv-%,%,$(@D)).txt
+	@touch $@
+
+$(ENGINES)/gptqmodel: requirements/gptqmodel.txt $(ENGINES)/installed
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
 	@touch $@
 
 $(PROGRAMS)/torchvision/installed: requirements/torchvision.txt $(PROGRAMS)/installed

@@ -170,6 +170,8 @@ class ChatGLMConfig(PreTrainedConfig):
         "encoder.final_layernorm": "keep_full_weight",
         "output_layer": "keep_full_weight",
     }
+    # Where the layers are in every model with a head, for GPTQ, which looks for them under the names of other models.
+    path_of_layers = "transformer.encoder.layers"
 
     model_version: str | None = None
     num_hidden_layers: int = 28
@@ -228,6 +230,13 @@ class ChatGLMConfig(PreTrainedConfig):
             kwargs.setdefault("original_rope", True)
         if self.quantization_bit and kwargs.get("quantization_config") is None:
             kwargs["quantization_config"] = {"quant_method": "chatglm", "bits": self.quantization_bit}
+        elif (
+            isinstance(settings := kwargs.get("quantization_config"), Mapping)
+            and settings.get("quant_method") == "gptq"
+        ):
+            # Optimum, which packs the layers, forgets where they were (2.3).
+            path = settings.get("block_name_to_quantize") or self.path_of_layers
+            kwargs["quantization_config"] = {**settings, "block_name_to_quantize": path}
         self._fill_in_defaults()
         self._validate_sizes()
         super().__post_init__(**kwargs)

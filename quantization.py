@@ -415,11 +415,12 @@ KEPT_BY_OTHERS = [rf"(transformer\.)?{name}" for name in ("output_layer", "visio
 KEPT_SETTINGS = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
-def complete_settings_of_others(quantization_config: Any) -> Any:
+def complete_settings_of_others(quantization_config: Any, path_of_layers: str) -> Any:
     """A `quantization_config` of another method, which leaves the output layer, GLM-4V's eyes and a prefix as they are.
 
     Args:
         quantization_config: an object or a dictionary; ours and nothing come back as they are.
+        path_of_layers: what GPTQ is told to quantize, the name of the list of layers.
     """
     if quantization_config is None or read_settings(quantization_config) is not None:
         return quantization_config
@@ -429,7 +430,19 @@ def complete_settings_of_others(quantization_config: Any) -> Any:
     for name in KEPT_SETTINGS:
         if getattr(completed, name, ()) is None:
             setattr(completed, name, list(KEPT_BY_OTHERS))
+    if completed.quant_method == "gptq" and completed.block_name_to_quantize is None:
+        completed.block_name_to_quantize = path_of_layers
     return completed
+
+
+def check_path_of_layers(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` if GPTQ is to find layers where there are none: it would leave them out without a word."""
+    settings = getattr(model.config, "quantization_config", None)
+    path = getattr(settings, "block_name_to_quantize", None)
+    if path is not None and path not in dict(model.named_modules()):
+        raise ValueError(
+            f"GPTQ quantizes `{path}`, which `{type(model).__name__}` does not have. Use a model with a head."
+        )
 
 
 def use_layers_of_torch(model: PreTrainedModel) -> None:
@@ -607,7 +620,7 @@ class ChatGLMQuantizationMixin(PreTrainedModel):
         quantization_config = take_bits(kwargs, quantization_config)
         if is_quantized_as_asked(cls, quantization_config, *args, **kwargs):
             quantization_config = None
-        quantization_config = complete_settings_of_others(quantization_config)
+        quantization_config = complete_settings_of_others(quantization_config, cls.config_class.path_of_layers)
         return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
 
     @staticmethod
@@ -622,6 +635,7 @@ class ChatGLMQuantizationMixin(PreTrainedModel):
                 if isinstance(renaming, WeightRenaming):
                     tensors = {renaming.rename_source_key(name)[0]: tensor for name, tensor in tensors.items()}
             expect_stored_weights(model, tensors)
+        check_path_of_layers(model)
         load = PreTrainedModel._load_pretrained_model
         return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
@@ -652,26 +666,17 @@ class ChatGLMQuantizationMixin(PreTrainedModel):
                 weight.requires_grad_(requires_grad)
         return self
 
-    @property
-    def peft_config(self) -> Any:
-        """What PEFT gives a model when it adds adapters."""
-        if "_peft_config" not in self.__dict__:
-            raise AttributeError("This model has no adapters.")
-        return self.__dict__["_peft_config"]
-
-    @peft_config.setter
-    def peft_config(self, value: Any) -> None:
-        refuse_merging_into_codes()
-        self.__dict__["_peft_config"] = value
-
-    @peft_config.deleter
-    def peft_config(self) -> None:
-        del self.__dict__["_peft_config"]
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What PEFT gives a model when it adds adapters. A property would be listed by `dir` before it can be read, which
+        # stops optimum: it reads all that is listed.
+        if name == "peft_config":
+            refuse_merging_into_codes()
+        super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # Another process may have added the adapters that come out of a pickle.
-        if "_peft_config" in state:
+        if "peft_config" in state:
             refuse_merging_into_codes()
 
     def half(self, *args: Any) -> "ChatGLMQuantizationMixin":

@@ -11,11 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Quantizers that are not ours, through `quantization_config`: torchao, bitsandbytes, GPTQ.
+"""Quantizers that are not ours, through `quantization_config`: torchao, bitsandbytes, and GPTQ and AWQ by gptqmodel.
 
 A native Llama of the same size is the control: what fails there too is theirs.
 """
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +27,13 @@ import pytest
 import torch
 from generations import GENERATIONS, TINY
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModel,
+    AwqConfig,
     BitsAndBytesConfig,
+    GPTQConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -41,6 +45,7 @@ pytestmark = pytest.mark.engines
 
 # torchao wants groups of 32, bitsandbytes blocks of 64.
 SIZES = {"hidden_size": 64, "kv_channels": 16, "ffn_hidden_size": 128, "padded_vocab_size": 128}
+LINEARS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 METHODS = ["torchao int8", "torchao int4", "bitsandbytes int8", "bitsandbytes nf4"]
 # How far the logits of these random weights move at most, relative to their norm.
 LARGEST_ERROR = {"torchao int8": 0.05, "torchao int4": 0.5, "bitsandbytes int8": 0.1, "bitsandbytes nf4": 0.5}
@@ -80,6 +85,10 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model.train()(prompt()).logits.float()
 
 
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
 def train(model: PreTrainedModel, targets: str | list[str]) -> list[float]:
     """The losses of a few steps of LoRA."""
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets)).train()
@@ -92,6 +101,11 @@ def train(model: PreTrainedModel, targets: str | list[str]) -> list[float]:
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def llama(**options: Any) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 128, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, **options))
 
 
 @pytest.fixture
@@ -120,12 +134,10 @@ def test_load_save_and_train(
     path, float32 = folder(version), {"dtype": torch.float32}
     floats = load(path, **float32)
     model = load(path, quantization_config=settings(method), **float32)
-    names = {name.removeprefix("transformer.") for name, module in model.named_modules() if is_quantized(module)}
-    linears = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-    assert names == {f"encoder.layers.{index}.{name}" for index in range(2) for name in linears}
-    expected, found = logits(floats), logits(model)
-    error = ((found - expected).norm() / expected.norm()).item()
-    assert 0 < error < LARGEST_ERROR[method]
+    names = {name for name, module in model.named_modules() if is_quantized(module)}
+    assert names == {f"transformer.encoder.layers.{index}.{name}" for index in range(2) for name in LINEARS}
+    found = logits(model)
+    assert 0 < relative_error(found, logits(floats)) < LARGEST_ERROR[method]
     model.save_pretrained(tmp_path / "quantized")
     again = load(tmp_path / "quantized")
     assert torch.equal(logits(again), found)
@@ -160,9 +172,7 @@ def test_what_is_asked_to_stay_is_all_that_stays(folder: Callable[[str], Path], 
 def test_training_behind_inference_fails_for_llama_too(tmp_path: Path) -> None:
     """bitsandbytes packs 4-bit weights for inference on the first call without gradients, and has none from then on."""
     pytest.importorskip("bitsandbytes")
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 128, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, attention_bias=True)
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    llama(attention_bias=True).save_pretrained(tmp_path)
     model = LlamaForCausalLM.from_pretrained(
         tmp_path, quantization_config=settings("bitsandbytes nf4"), dtype=torch.float32, device_map="cpu"
     )
@@ -181,3 +191,106 @@ def test_torchaos_int4_has_no_format_for_cpus() -> None:
         layer = nn.Sequential(nn.Linear(128, 128, dtype=torch.bfloat16))
         with pytest.raises((AssertionError, ImportError, NotImplementedError, ValueError)):
             quantization.quantize_(layer, quantization.Int4WeightOnlyConfig(32, int4_packing_format=packing))
+
+
+# gptqmodel compiles an extension for minutes where it may choose the kernel.
+TORCH_GPTQ, TORCH_AWQ = "gptq_torch", "torch_awq"
+GROUP_SIZE = 32
+
+
+def gptq(**options: Any) -> GPTQConfig:
+    pytest.importorskip("gptqmodel")
+    return GPTQConfig(bits=4, group_size=GROUP_SIZE, backend=TORCH_GPTQ, **options)
+
+
+def calibration() -> list[dict[str, Any]]:
+    ids = torch.randint(3, 90, (8, 32), generator=torch.Generator().manual_seed(1))
+    ids[:, -2:] = prompt()[0, -2:]
+    return [{"input_ids": row[None].tolist(), "attention_mask": torch.ones_like(row)[None].tolist()} for row in ids]
+
+
+def packed_layers(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if hasattr(module, "qweight")}
+
+
+@pytest.mark.parametrize("version", GENERATIONS)
+def test_gptq(folder: Callable[[str], Path], load: Callable[..., Any], tmp_path: Path, version: str) -> None:
+    path = folder(version)
+    model = load(path, quantization_config=gptq(dataset=calibration()), dtype=torch.float32)
+    assert packed_layers(model) == {f"transformer.encoder.layers.{i}.{name}" for i in range(2) for name in LINEARS}
+    found = logits(model)
+    assert 0 < relative_error(found, logits(load(path))) < 0.5
+    model.save_pretrained(tmp_path / "quantized")
+    again = load(tmp_path / "quantized", quantization_config=gptq(), dtype=torch.float32)
+    assert packed_layers(again) == packed_layers(model) and torch.equal(logits(again), found)
+    assert again.eval().generate(prompt(), max_new_tokens=4, do_sample=False).shape[1] > prompt().shape[1]
+    with pytest.raises(ValueError, match="`transformer.encoder.layers`, which `ChatGLMModel` does not have"):
+        type(again.transformer).from_pretrained(tmp_path / "quantized", quantization_config=gptq())
+    losses = train(again, ["query_key_value"])
+    assert losses[-1] < losses[0] < 20
+
+
+def test_all_linear_finds_no_packed_layer_in_llama_either(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=gptq(dataset=calibration()), dtype=torch.float32, device_map="cpu"
+    )
+    with pytest.raises(ValueError, match="No `target_modules` passed"):
+        train(model, "all-linear")
+    assert train(model, ["q_proj", "down_proj"])
+
+
+def pack_as_autoawq(codes: torch.Tensor) -> torch.Tensor:
+    """Four bits each, eight in a word in AutoAWQ's order of columns: `[rows, columns]` to `[rows, columns / 8]`."""
+    ordered = codes.to(torch.int64).view(len(codes), -1, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]]
+    return (ordered << torch.arange(0, 32, 4)).sum(dim=-1).to(torch.int32)
+
+
+def quantize_as_autoawq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The tensors of the GEMM form, which have input channels in rows, and the weight that they stand for."""
+    num_outputs = len(weight)
+    groups = weight.t().reshape(-1, GROUP_SIZE, num_outputs)
+    smallest, largest = groups.amin(dim=1), groups.amax(dim=1)
+    scales = ((largest - smallest) / 15).half()
+    zeros = (-smallest / scales).round().clamp(0, 15)
+    codes = ((groups / scales[:, None]).round() + zeros[:, None]).clamp(0, 15)
+    decoded = ((codes - zeros[:, None]) * scales[:, None]).view(-1, num_outputs).t().contiguous()
+    codes = codes.view(-1, num_outputs)
+    return {"qweight": pack_as_autoawq(codes), "qzeros": pack_as_autoawq(zeros), "scales": scales}, decoded
+
+
+def write_awq_folders(model: PreTrainedModel, place: Path) -> tuple[Path, Path]:
+    """The same weights in AutoAWQ's form and as floats."""
+    packed, floats = place / "awq", place / "decoded"
+    for path in (packed, floats):
+        model.save_pretrained(path)
+    stored = load_file(packed / "model.safetensors")
+    decoded = dict(stored)
+    for name in [name for name, weight in stored.items() if weight.dim() == 2 and ".layers." in name]:
+        parts, decoded[name] = quantize_as_autoawq(stored.pop(name))
+        stored |= {name.removesuffix("weight") + part: tensor for part, tensor in parts.items()}
+    save_file(stored, packed / "model.safetensors", metadata={"format": "pt"})
+    save_file(decoded, floats / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((packed / "config.json").read_text("utf-8"))
+    settings = {"quant_method": "awq", "bits": 4, "group_size": GROUP_SIZE, "zero_point": True, "version": "gemm"}
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": settings}), encoding="utf-8")
+    return packed, floats
+
+
+@pytest.mark.parametrize("version", GENERATIONS)
+def test_a_folder_of_autoawq(
+    tiny_model: Callable[..., PreTrainedModel], load: Callable[..., Any], tmp_path: Path, version: str
+) -> None:
+    pytest.importorskip("gptqmodel")
+    settings = AwqConfig(backend=TORCH_AWQ)
+    packed, floats = write_awq_folders(tiny_model(**SIZES | TINY[version]), tmp_path)
+    model = load(packed, quantization_config=settings, dtype=torch.float32)
+    assert packed_layers(model) == {f"transformer.encoder.layers.{i}.{name}" for i in range(2) for name in LINEARS}
+    found = logits(model)
+    # Its kernel computes in float16.
+    assert relative_error(found, logits(load(floats, dtype=torch.float32))) < 0.01
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved", quantization_config=settings, dtype=torch.float32)
+    assert torch.equal(logits(again), found)
+    losses = train(again, ["query_key_value"])
+    assert losses[-1] < losses[0] < 20

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from generations import GENERATIONS
+from generations import GENERATIONS, TINY, every_generation
 from quantized import (
     DTYPES,
     HALF_LIMIT,
@@ -42,7 +42,7 @@ from quantized import (
 )
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, BitsAndBytesConfig
+from transformers import AutoModel, BitsAndBytesConfig, GPTQConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 
@@ -360,15 +360,45 @@ def test_other_methods_find_the_layers_of_torch(tiny_model: Any, source: Any) ->
 def test_other_methods_leave_the_output_layer_eyes_and_prefix_alone(source: Any) -> None:
     quantization = source("quantization")
     asked = BitsAndBytesConfig(load_in_8bit=True)
-    completed = quantization.complete_settings_of_others(asked)
+    completed = quantization.complete_settings_of_others(asked, "layers")
     assert asked.llm_int8_skip_modules is None and completed.load_in_8bit
     kept = ("transformer.output_layer", "transformer.vision.transformer.layers.0.mlp.fc1", "prefix_encoder.trans.0")
     for name in (*kept, *(f"{name}.weight" for name in kept)):
         assert not should_convert_module(name, completed.llm_int8_skip_modules), name
     assert should_convert_module("transformer.encoder.layers.0.mlp.dense_h_to_4h", completed.llm_int8_skip_modules)
     own = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["mlp"])
-    assert quantization.complete_settings_of_others(own).llm_int8_skip_modules == ["mlp"]
-    asked_as_dict = quantization.complete_settings_of_others({"quant_method": "bitsandbytes", "load_in_8bit": True})
+    assert quantization.complete_settings_of_others(own, "layers").llm_int8_skip_modules == ["mlp"]
+    as_dict = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    asked_as_dict = quantization.complete_settings_of_others(as_dict, "layers")
     assert asked_as_dict.llm_int8_skip_modules == completed.llm_int8_skip_modules
     for ours in (None, {"quant_method": "chatglm", "bits": 8}):
-        assert quantization.complete_settings_of_others(ours) is ours
+        assert quantization.complete_settings_of_others(ours, "layers") is ours
+
+
+def test_gptq_is_told_where_the_layers_are(source: Any, tiny_config: Any, tiny_model: Any) -> None:
+    """Optimum looks for them under the names of other models, and does not write down where they were."""
+    path = type(tiny_config()).path_of_layers
+    complete = source("quantization").complete_settings_of_others
+    asked = GPTQConfig(bits=4)
+    assert complete(asked, path).block_name_to_quantize == path and asked.block_name_to_quantize is None
+    own = GPTQConfig(bits=4, block_name_to_quantize="elsewhere")
+    assert complete(own, path).block_name_to_quantize == "elsewhere"
+    stored = {"quant_method": "gptq", "bits": 4}
+    for settings in (stored, {**stored, "block_name_to_quantize": None}):
+        assert tiny_config(quantization_config=settings).quantization_config["block_name_to_quantize"] == path
+    kept = {**stored, "block_name_to_quantize": "elsewhere"}
+    assert tiny_config(quantization_config=kept).quantization_config == kept
+    check = source("quantization").check_path_of_layers
+    model = tiny_model()
+    model.config.quantization_config = complete(asked, path)
+    check(model)
+    with pytest.raises(ValueError, match="`transformer.encoder.layers`, which `ChatGLMModel` does not have"):
+        check(model.transformer)
+
+
+@every_generation
+def test_what_dir_lists_can_be_read(tiny_model: Any, version: str) -> None:
+    """Optimum reads all of it to find the layers that it replaces."""
+    for module in tiny_model(**TINY[version]).modules():
+        for name in dir(module):
+            getattr(module, name)
