@@ -14,7 +14,8 @@
 """Writes a checkpoint for the library's own `GlmForCausalLM`: `python scripts/export_native.py FOLDER OUT`.
 
 The new folder needs no code of this repository, so it loads without `trust_remote_code`, and in engines that know the
-architecture by its name (SGLang, LMDeploy, MLX, vLLM). ChatGLM2, ChatGLM3 and GLM-4 are that network, under other names:
+architecture by its name, such as vLLM. For mlx-lm, whose own class is another network, a file `mlx_glm.py` stands in it.
+ChatGLM2, ChatGLM3 and GLM-4 are that network, under other names:
 
 | here | there |
 |---|---|
@@ -56,6 +57,8 @@ OTHER_NAMES = {
     "transformer.encoder.final_layernorm.weight": "model.norm.weight",
     "transformer.output_layer.weight": "lm_head.weight",
 }
+# What mlx-lm builds the network from; nothing else reads it.
+MLX_FILE = Path(__file__).with_name("mlx_glm.py")
 # Computed from the configuration.
 NOT_NEEDED = "transformer.rotary_pos_emb.inv_freq"
 
@@ -119,6 +122,7 @@ def native_config(config: Any, dtype: Any, stop_ids: list[int]) -> Any:
         initializer_range=config.initializer_range,
         tie_word_embeddings=config.tie_word_embeddings,
         rope_parameters=rope,
+        model_file=MLX_FILE.name,
         eos_token_id=stop_ids,
         pad_token_id=config.pad_token_id,
         bos_token_id=config.bos_token_id,
@@ -261,6 +265,7 @@ def export(folder: Path, output: Path, args: argparse.Namespace) -> None:
             settings = GenerationConfig.from_pretrained(folder).to_diff_dict()
         ends = {"eos_token_id": stop_ids, "pad_token_id": config.pad_token_id}
         GenerationConfig.from_dict({**settings, **ends}).save_pretrained(output)
+        shutil.copyfile(MLX_FILE, output / MLX_FILE.name)
         dtype = stored["transformer.embedding.word_embeddings.weight"].dtype
         # Last, so that a folder that is not whole does not load.
         native_config(config, dtype, stop_ids).save_pretrained(output)
