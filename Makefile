@@ -8,6 +8,7 @@
 #   make test-grid                        every way of fine-tuning, every compiled GPU kernel, the longest runs
 #   make test-programs                    programs of others, such as lm_eval, on all generations
 #   make test-engines                     vLLM, llama.cpp, ms-swift and other engines, on all generations
+#   make test-engines ARGS='--table docs/engines.md'    the same, for the page of results
 #   make test-browser                     the web page in Chromium, which the machine has to bring
 #   make fuzz                             hostile input, EXAMPLES=5000 of each kind
 #   make conformance                      Transformers' own tests of models and tokenizers
@@ -60,7 +61,8 @@ test-floor: $(FLOOR)/installed
 test-programs: $(PROGRAMS)/installed $(PROGRAMS)/torchvision/installed
 	$(PROGRAMS)/bin/python -m pytest $(TOGETHER) -m programs $(ARGS)
 
-test-engines: $(ENGINES)/installed $(ENGINES)/gptqmodel $(VLLM)/installed $(SWIFT)/installed
+test-engines: $(ENGINES)/installed $(ENGINES)/gptqmodel $(VLLM)/installed $(VLLM)/torchvision/installed \
+	$(SWIFT)/installed
 	$(ENGINES)/bin/python -m pytest -m engines $(ARGS)
 
 test-browser: $(PROGRAMS)/installed
@@ -122,9 +124,9 @@ $(ENGINES)/gptqmodel: requirements/gptqmodel.txt $(ENGINES)/installed
 	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
 	@touch $@
 
-$(PROGRAMS)/torchvision/installed: requirements/torchvision.txt $(PROGRAMS)/installed
+$(PROGRAMS)/torchvision/installed $(VLLM)/torchvision/installed: %/torchvision/installed: requirements/torchvision.txt %/installed
 	@rm -rf $(@D)
-	$(PROGRAMS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target $(@D) -r $<
+	$*/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target $(@D) -r $<
 	@touch $@
 
 # The source distribution has the files of tests/ that models share, not the folders beside them.

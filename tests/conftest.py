@@ -78,6 +78,19 @@ class Case:
         return load_file(self.files / "expected.safetensors")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--table", type=Path, help="write what the tests of conformance, or of engines, came to into this page"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--table") is not None and config.getoption("markexpr") == "engines":
+        from engines_table import EnginesTable
+
+        config.pluginmanager.register(EnginesTable(config.getoption("--table")))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # Skipped here, not by a mark: pytest then reports all tests of a kind in one line.
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -82,7 +82,9 @@ def published_folder(target: Path, case: str, vocabulary: Path | None = None, **
         changes: further keys of config.json.
     """
     source = REFERENCE / case
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("expected.*", "*.bin*", "*.md"))
+    shutil.copytree(
+        source, target, ignore=shutil.ignore_patterns("expected.*", "*.bin*", "*.safetensors*", "*.md", "images")
+    )
     config = json.loads((source / "config.json").read_text("utf-8"))
     config |= {key: value for key, value in SIZES.items() if key in config} | changes
     if vocabulary is not None:

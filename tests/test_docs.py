@@ -23,10 +23,12 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from engines_table import EnginesTable
 from generations import CAUSAL_CASES, ROLE_CASES, every_generation_case
 from huggingface_hub import ModelCard
 from transformers import GenerationMixin, PreTrainedModel
@@ -114,6 +116,37 @@ def test_the_readme_is_short_and_leads_everywhere() -> None:
         assert len(read(name).splitlines()) <= 150
         for page in REPOSITORY.glob("docs/*.md"):
             assert f"(docs/{page.name})" in read(name)
+
+
+def test_the_table_of_engines(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- made by `make test-engines` -->\nold\n<!-- end -->\nafter\n", encoding="utf-8")
+    table = EnginesTable(page)
+    results: list[tuple[str, str, Any, list[tuple[str, str]]]] = [
+        ("chatglm1", "passed", None, [("refused", "it does | not fit")]),
+        ("chatglm2", "passed", None, []),
+        ("chatglm2-32k", "passed", None, []),
+        ("glm4v", "skipped", ("file", 1, "Skipped: no eyes"), []),
+        ("int8", "failed", "AssertionError", []),
+    ]
+    parameters = [{"name": name, "method": "f16"} for name, *_ in results]
+    items: list[Any] = [
+        SimpleNamespace(
+            nodeid=str(index), path=page, name="test", originalname="test", callspec=SimpleNamespace(params=values)
+        )
+        for index, values in enumerate(parameters)
+    ]
+    table.pytest_collection_finish(SimpleNamespace(items=items))  # type: ignore[arg-type]
+    for item, (_, outcome, details, properties) in zip(items, results, strict=True):
+        report = pytest.TestReport(
+            item.nodeid, ("", 0, ""), {}, outcome, details, "call", user_properties=properties, duration=1
+        )  # type: ignore[arg-type]
+        table.pytest_runtest_logreport(report)
+    table.pytest_sessionfinish(SimpleNamespace(config=SimpleNamespace()))  # type: ignore[arg-type]
+    text = page.read_text("utf-8")
+    assert text.startswith("before\n<!--") and text.endswith("<!-- end -->\nafter\n") and "old" not in text
+    assert "| `test`, f16 | refused (1) | 2 passed |  |  | skipped (2) | failed | 5.0 |" in text
+    assert "1. it does \\| not fit\n2. no eyes\n" in text
 
 
 def anchors(text: str) -> set[str]:

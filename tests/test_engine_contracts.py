@@ -14,11 +14,14 @@
 """What other engines read of a folder: keys of config.json, names of weights, attributes of tokenizers.
 
 The engines themselves run in `make test-engines`. This is what they rely on, read in their sources: vLLM 0.32,
-llama.cpp's converter as of llama-cpp-python 0.3.36, xgrammar 0.2.8, outlines 1.3.3.
+llama.cpp's converter as of llama-cpp-python 0.3.36, xgrammar 0.2.8, outlines 1.3.3; and SGLang 0.5.23 and LMDeploy 0.18.0,
+which need a GPU and were not run.
 """
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +29,7 @@ from generations import CAUSAL_GENERATIONS, GENERATION_CASES, RECORDED, TINY, ev
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
-# What vLLM's classes `ChatGLMConfig` and `ChatGLMForCausalLM` read.
+# What vLLM's classes `ChatGLMConfig` and `ChatGLMForCausalLM` read. SGLang's and LMDeploy's read no others.
 VLLM_KEYS = (
     *("add_bias_linear", "add_qkv_bias", "apply_residual_connection_post_layernorm", "ffn_hidden_size"),
     *("fp32_residual_connection", "hidden_dropout", "hidden_size", "kv_channels", "layernorm_epsilon"),
@@ -84,6 +87,15 @@ def test_names_of_weights_and_class(case_model: Callable[[str], PreTrainedModel]
     expected = {f"transformer.encoder.layers.{layer}.{weight}" for layer in layers for weight in LAYER_WEIGHTS}
     assert set(model.state_dict()) == expected | {*OTHER_WEIGHTS}
     assert type(model).__name__ in ARCHITECTURES
+
+
+@pytest.mark.parametrize("name", CAUSAL_CASES)
+def test_what_names_the_class(case_model: Callable[[str], PreTrainedModel], tmp_path: Path, name: str) -> None:
+    case_model(name).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    # LMDeploy looks here, vLLM there; SGLang there too, but for the name in published files alone.
+    assert saved["auto_map"]["AutoModelForCausalLM"].split(".")[-1] == "ChatGLMForConditionalGeneration"
+    assert set(saved["architectures"]) <= {*ARCHITECTURES}
 
 
 @pytest.mark.parametrize("name", SENTENCEPIECE_CASES)

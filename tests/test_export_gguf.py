@@ -266,19 +266,24 @@ def test_a_quantized_checkpoint_is_decoded(tmp_path: Path) -> None:
         ("chatglm2", {"padded_vocab_size": 480}, "the tokenizer has ids up to 484 and the model 480 tokens"),
     ],
 )
-def test_refusals(folder: Any, tmp_path: Path, capsys: Any, name: str, changes: Any, reason: str) -> None:
+def test_refusals(
+    folder: Any, tmp_path: Path, capsys: Any, record_property: Any, name: str, changes: Any, reason: str
+) -> None:
     path = tmp_path / "model.gguf"
     assert export_gguf.main([str(folder(name, **changes)), str(path)]) == 2
     error = capsys.readouterr().err
     assert re.match(r"error: .*\.$", error) and reason in error
     assert not path.exists()
+    record_property("refused", reason)
 
 
 @pytest.mark.parametrize("case", ["glm-chinese", "glm-130b", "glm4v"])
-def test_other_networks_are_refused(tmp_path: Path, capsys: Any, case: str) -> None:
+def test_other_networks_are_refused(tmp_path: Path, capsys: Any, record_property: Any, case: str) -> None:
     assert export_gguf.main([str(REFERENCE / case), str(tmp_path / "model.gguf")]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
     assert not list(tmp_path.iterdir())
+    record_property("refused", error.removeprefix("error: "))
 
 
 def test_nothing_is_written_over(tmp_path: Path, capsys: Any) -> None:

@@ -109,10 +109,12 @@ def test_xgrammar_writes_characters_of_several_tokens(loaded: Any, name: str) ->
     check(model.chat(tokenizer, "你好", temperature=5.0, logits_processor=[processor])[0], schema)
 
 
-def test_xgrammar_refuses_a_tokenizer_that_is_not_fast(loaded: Any) -> None:
-    model, tokenizer = loaded("chatglm1")
+@pytest.mark.parametrize("name", ["chatglm1"])
+def test_xgrammar_refuses_a_tokenizer_that_is_not_fast(loaded: Any, record_property: Any, name: str) -> None:
+    model, tokenizer = loaded(name)
     with pytest.raises(ValueError, match="^Unsupported tokenizer type: .*ChatGLM6BTokenizer"):
         xgrammar_processor(model, tokenizer, SCHEMA)
+    record_property("refused", "Unsupported tokenizer type")
 
 
 def allowed_control_characters(string: dict[str, Any]) -> int:
@@ -149,7 +151,8 @@ def test_outlines(loaded: Any, name: str) -> None:
         check(answer)
 
 
-def test_characters_of_several_tokens_are_beyond_outlines(loaded: Any) -> None:
+@pytest.mark.parametrize("name", GENERATION_CASES)
+def test_characters_of_several_tokens_are_beyond_outlines(loaded: Any, record_property: Any, name: str) -> None:
     """It asks for the text of each token alone, which a byte has not, in a tokenizer of the library's as in ours."""
     plain = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE(dict(zip(sorted(pre_tokenizers.ByteLevel.alphabet()), range(256))), [])),
@@ -158,12 +161,14 @@ def test_characters_of_several_tokens_are_beyond_outlines(loaded: Any) -> None:
     plain.backend_tokenizer.decoder = decoders.ByteLevel()
     assert outlines.models.transformers.TransformerTokenizer(plain).convert_token_to_string("Ã") == "\ufffd"
     schema = outlines.types.JsonSchema(json.dumps({"enum": ["São Paulo"]}))
-    for name in GENERATION_CASES:
-        with pytest.raises(ValueError, match="^The vocabulary provided is incompatible with the regex"):
-            outlines.Generator(outlines.from_transformers(*loaded(name)), schema)
+    message = "The vocabulary provided is incompatible with the regex"
+    with pytest.raises(ValueError, match=f"^{message}"):
+        outlines.Generator(outlines.from_transformers(*loaded(name)), schema)
+    record_property("refused", message)
 
 
-def test_lm_format_enforcer_does_not_import() -> None:
+def test_lm_format_enforcer_does_not_import(record_property: Any) -> None:
     """It names a class where Transformers 5 no longer has it, and takes that for a missing Transformers."""
     with pytest.raises(ImportError, match="^transformers is not installed"):
         importlib.import_module("lmformatenforcer.integrations.transformers")
+    record_property("refused", "transformers is not installed")

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REFERENCE, REPOSITORY
 from engines_help import upgraded_folder
 from transformers import AutoModel, AutoTokenizer
 
@@ -130,9 +130,20 @@ def test_quantized_by_mlx(native: Any, tmp_path: Path, name: str, bits: int) -> 
 
 
 @pytest.mark.parametrize("name", ["chatglm2", "chatglm3", "glm4"])
-def test_it_asks_before_it_runs_the_file(native: Any, name: str) -> None:
-    with pytest.raises(ValueError, match="requires importing and running a custom module"):
+def test_it_asks_before_it_runs_the_file(native: Any, record_property: Any, name: str) -> None:
+    message = "requires importing and running a custom module"
+    with pytest.raises(ValueError, match=message):
         mlx_lm.load(str(native(name)))
+    record_property("refused", f"without `trust_remote_code=True`: {message}")
+
+
+@pytest.mark.parametrize("name", ["chatglm1", "glm4v"])
+def test_refusals(tmp_path: Path, capsys: Any, record_property: Any, name: str) -> None:
+    """The export says why; `test_export_native.py` has all reasons."""
+    assert export_native.main([str(REFERENCE / name), str(tmp_path / "native")]) == 1
+    error = capsys.readouterr().err
+    assert "is another network than GlmForCausalLM" in error
+    record_property("refused", error.removeprefix("error: "))
 
 
 @pytest.mark.parametrize("name", ["chatglm2", "chatglm3", "glm4"])

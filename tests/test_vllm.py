@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""vLLM, the real one, on folders of every generation: `make test-engines`.
+"""vLLM, the real one, on folders of every generation, upgraded, saved and of the library's own class: `make test-engines`.
 
 It runs in its own environment: `vllm_program.py` does all its jobs in one process, and the server is another.
 """
@@ -19,27 +19,36 @@ It runs in its own environment: `vllm_program.py` does all its jobs in one proce
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import bundled_tools
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
 from engines_help import upgraded_folder
 from generations import RECORDED
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from waiting import free_port, wait_until
 
 
 pytestmark = pytest.mark.engines
 
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+import export_native  # noqa: E402
+
+
 PYTHON = REPOSITORY / ".venv-vllm" / "bin" / "python"
 PLUGIN = REPOSITORY / "examples" / "serving" / "vllm_tool_parser.py"
-BUNDLED = REPOSITORY / "examples" / "tiny-chatglm3"
 CASES = ["chatglm2", "chatglm3", "glm4"]
+FOLDERS = [case + end for case in CASES for end in ("", "-saved", "-native")]
+LONG = "chatglm2-32k"
 LENGTH = 24
 QUERIES = ("你好，世界", "show me the people of the city " * 8)
 TARGETS = (["query_key_value"], ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"])
@@ -141,16 +150,29 @@ class Jobs:
             adapted.save_pretrained(adapters[-1])
             expected["adapters"].append(greedy(adapted, prompts))
             model = adapted.unload()
+        native = self.place / f"{name}-native"
+        assert export_native.main([str(folder), str(native)]) == 0
         settings = {"enable_lora": True, "max_lora_rank": 8}
         job = {"prompts": prompts, "chats": chats, "length": LENGTH}
         self.jobs[name] = {**job, "folder": str(folder), "settings": settings, "adapters": adapters}
         self.jobs[f"{name}-saved"] = {**job, "folder": str(saved)}
+        self.jobs[f"{name}-native"] = {**job, "folder": str(native)}
         self.jobs[f"{name}-parser"] = {
             "folder": str(saved),
             "plugin": str(PLUGIN),
             "answers": [[answer, tools] for answer in ANSWERS for tools in (None, [WEATHER])],
         }
-        self.expected[name] = self.expected[f"{name}-saved"] = expected
+        self.expected |= dict.fromkeys((name, f"{name}-saved", f"{name}-native"), expected)
+
+    def add_long_context(self) -> None:
+        """ChatGLM2-6B-32K, after the upgrade and as a folder of the library's own class."""
+        folder, native = upgraded_folder(self.place / LONG, LONG), self.place / f"{LONG}-native"
+        model, tokenizer = load(folder)
+        prompts = [tokenizer.build_chat_input(query)["input_ids"][0].tolist() for query in QUERIES]
+        assert export_native.main([str(folder), str(native)]) == 0
+        for name, path in ((LONG, folder), (f"{LONG}-native", native)):
+            self.jobs[name] = {"prompts": prompts, "length": LENGTH, "folder": str(path)}
+            self.expected[name] = {"greedy": greedy(model, prompts)}
 
     def add_refused(self) -> None:
         first = str(upgraded_folder(self.place / "chatglm1", "chatglm1"))
@@ -159,16 +181,16 @@ class Jobs:
         model, tokenizer = load(self.place / "chatglm3")
         model.quantize(8).save_pretrained(quantized)
         tokenizer.save_pretrained(quantized)
-        self.jobs["int8"] = {"folder": str(quantized)}
+        self.jobs["chatglm3-int8"] = {"folder": str(quantized)}
         # Last, as vLLM stumbles over what the code of a model imports (llvmlite), and goes on doing so in this process.
         self.jobs["chatglm1-transformers"] = {"folder": first, "settings": {"model_impl": "transformers"}}
 
-    def run(self) -> dict[str, Any]:
+    def run(self, **environment: str) -> dict[str, Any]:
         jobs, results = self.place / "jobs.json", self.place / "results.json"
         jobs.write_text(json.dumps(self.jobs), encoding="utf-8")
         # A thread for each of torch's settings; what it prints is shown where it fails.
         program = [str(PYTHON), str(REPOSITORY / "tests" / "vllm_program.py"), str(jobs), str(results)]
-        environment = {**os.environ, **ENVIRONMENT, "HF_MODULES_CACHE": str(self.place / "modules")}
+        environment = {**os.environ, **ENVIRONMENT, "HF_MODULES_CACHE": str(self.place / "modules"), **environment}
         done = subprocess.run(program, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return dict(json.loads(results.read_text("utf-8")))
@@ -181,6 +203,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     jobs = Jobs(tmp_path_factory.mktemp("vllm"))
     for name in CASES:
         jobs.add_case(name)
+    jobs.add_long_context()
     jobs.add_refused()
     return jobs
 
@@ -190,13 +213,19 @@ def results(jobs: Jobs) -> dict[str, Any]:
     return jobs.run()
 
 
-@pytest.mark.parametrize("name", [case + end for case in CASES for end in ("", "-saved")])
+@pytest.mark.parametrize("name", [*FOLDERS, f"{LONG}-native"])
 def test_greedy_tokens(jobs: Jobs, results: Any, name: str) -> None:
     assert "error" not in results[name], results[name]["error"]
     assert results[name]["greedy"] == jobs.expected[name]["greedy"]
 
 
-@pytest.mark.parametrize("name", [case + end for case in CASES for end in ("", "-saved")])
+@pytest.mark.parametrize("name", [LONG])
+def test_positions_are_not_divided(jobs: Jobs, results: Any, record_property: Any, name: str) -> None:
+    assert results[name]["greedy"] != jobs.expected[name]["greedy"]
+    record_property("differs", "the 32K one, and nothing says so: `rope_ratio` is taken for a factor of the base")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
 def test_chat_encodes_conversations_as_we_do(jobs: Jobs, results: Any, name: str) -> None:
     assert [chat["prompt"] for chat in results[name]["chats"]] == jobs.expected[name]["chats"]
 
@@ -234,14 +263,73 @@ def test_the_plugin_reads_answers_as_chat_does(jobs: Jobs, results: Any, name: s
         ("chatglm1", "AttributeError: 'ChatGLMConfig' object has no attribute 'original_rope'"),
         ("chatglm1-transformers", "AttributeError: '_lib_fn_wrapper' object has no attribute 'get'"),
         (
-            "int8",
+            "chatglm3-int8",
             "ValueError: There is no module or parameter named 'encoder.layers.0.mlp.dense_4h_to_h.weight_scale'",
         ),
     ],
 )
-def test_refusals(results: Any, name: str, message: str) -> None:
+def test_refusals(results: Any, record_property: Any, name: str, message: str) -> None:
     """Not what vLLM should say, but it stops before anything is answered."""
     assert message in results[name]["error"]
+    record_property("refused", message)
+
+
+SEES = {"hf_overrides": {"architectures": ["GLM4VForCausalLM"]}, "limit_mm_per_prompt": {"image": 1}}
+
+
+def look_and_count_on(model: PreTrainedModel, inputs: Any) -> list[int]:
+    """Greedy tokens, where each vector of a picture has a position of its own."""
+    ids, begin = inputs["input_ids"], inputs["input_ids"].shape[1]
+    num_vectors = model.get_image_features(inputs["images"]).pooler_output[0].shape[0]
+    for _ in range(LENGTH):
+        # The vectors take the places of three ids.
+        positions = torch.arange(ids.shape[1] + num_vectors - 3)[None]
+        with torch.no_grad():
+            logits = model(ids, images=inputs["images"], position_ids=positions, use_cache=False).logits
+        ids = torch.cat((ids, logits[:, -1:].argmax(-1)), dim=1)
+    return ids[0, begin:].tolist()
+
+
+@pytest.fixture(scope="module", params=["glm4v", "glm4v-saved"])
+def pictures(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Any, Jobs]:
+    """A model that sees, what it is given, and the same as a job."""
+    if not PYTHON.is_file():
+        pytest.skip("needs .venv-vllm: make test-engines")
+    jobs = Jobs(tmp_path_factory.mktemp(request.param))
+    folder = upgraded_folder(jobs.place / "upgraded", "glm4v")
+    model, tokenizer = load(folder)
+    if request.param == "glm4v-saved":
+        folder = jobs.place / "saved"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    picture = jobs.place / "noise.png"
+    size = model.config.vision_config["image_size"]
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(picture)
+    message = {"role": "user", "image": Image.open(picture), "content": "what is in this picture? 你好"}
+    inputs = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt")
+    prompts = {"prompts": inputs["input_ids"].tolist(), "pictures": [str(picture)], "length": LENGTH}
+    jobs.jobs = {
+        "as it is": {**prompts, "folder": str(folder)},
+        "told that it sees": {**prompts, "folder": str(folder), "settings": SEES},
+    }
+    return model, inputs, jobs
+
+
+def test_pictures_without_torchvision(pictures: Any, record_property: Any) -> None:
+    results = pictures[2].run()
+    assert "indicates that it supports vision inputs" in results["as it is"]["error"]
+    assert "Failed to apply GLM4VProcessor" in results["told that it sees"]["error"]
+    record_property("refused", "`Failed to apply GLM4VProcessor`")
+
+
+def test_each_vector_of_a_picture_has_a_position_of_its_own(pictures: Any, record_property: Any) -> None:
+    """In the published model, and here, all vectors of a picture but the first and last have one position."""
+    model, inputs, jobs = pictures
+    (found,) = jobs.run(PYTHONPATH=str(PYTHON.parent.parent / "torchvision"))["told that it sees"]["greedy"]
+    settings = {"do_sample": False, "max_new_tokens": LENGTH, "max_length": None, "eos_token_id": []}
+    published = model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :].tolist()
+    assert found == look_and_count_on(model, inputs) != published
+    record_property("differs", "with torchvision: positions count on in a picture, which published ones do not")
 
 
 class Server:
@@ -274,11 +362,11 @@ class Server:
 openai = pytest.importorskip("openai", reason="needs requirements/engines.txt: make test-engines")
 
 
-@pytest.fixture(scope="module")
-def bundled(tmp_path_factory: pytest.TempPathFactory, copy_code: Callable[[Path], None]) -> Path:
-    folder = tmp_path_factory.mktemp("bundled") / "tiny-chatglm3"
+@pytest.fixture(scope="module", params=["chatglm3"])
+def bundled(request: Any, tmp_path_factory: pytest.TempPathFactory, copy_code: Callable[[Path], None]) -> Path:
+    folder = tmp_path_factory.mktemp("bundled") / f"tiny-{request.param}"
     folder.mkdir()
-    for file in BUNDLED.iterdir():
+    for file in (REPOSITORY / "examples" / folder.name).iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     copy_code(folder)
     return folder

@@ -18,11 +18,22 @@ work, so all jobs share a process.
 """
 
 import gc
+import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+
+if importlib.util.find_spec("torchvision") is not None:
+    # What the wheel asks for while it is imported, as its build is for another torch; nothing here calls it.
+    declared = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        declared.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+from PIL import Image
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -44,7 +55,9 @@ def run_model(job: dict[str, Any]) -> dict[str, Any]:
     )
     length = job.get("length", 24)
     settings = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
-    prompts = [{"prompt_token_ids": ids} for ids in job.get("prompts", [])]
+    prompts: list[dict[str, Any]] = [{"prompt_token_ids": ids} for ids in job.get("prompts", [])]
+    for prompt, picture in zip(prompts, job.get("pictures", [])):
+        prompt["multi_modal_data"] = {"image": Image.open(picture)}
     result: dict[str, Any] = {"greedy": tokens_of(engine.generate(prompts, settings, use_tqdm=False)), "adapters": []}
     for number, adapter in enumerate(job.get("adapters", []), start=1):
         request = LoRARequest(f"adapter-{number}", number, adapter)

@@ -13,18 +13,12 @@
 # limitations under the License.
 """The marks of the library's tests, and those of our known deviations."""
 
-from pathlib import Path
-
 import pytest
 from library import KnownDeviations
 from table import Results
 
 
 MARKERS = ("accelerate_tests", "all_flash_attn_test", "flash_attn_test", "flash_attn_3_test", "flash_attn_4_test")
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--table", type=Path, help="write what the tests came to into this page")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -20,17 +20,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from results_page import ResultsPage
 
 
-BEGIN, END = "<!-- made by `make conformance` -->\n", "<!-- end -->\n"
 SUFFIX = "ConformanceTest"
 
 
-class Results:
+class Results(ResultsPage):
     """Counts what becomes of each test, by its class."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path, "make conformance")
         self.outcomes: dict[str, Counter[str]] = defaultdict(Counter)
         self.deviations: dict[tuple[str, str], list[str]] = defaultdict(list)
         self.skips: dict[str, Counter[str]] = defaultdict(Counter)
@@ -49,13 +49,6 @@ class Results:
         elif report.skipped:
             text = report.longrepr[2].removeprefix("Skipped: ")
             self.skips[neutral(text)][name] += 1
-
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if hasattr(session.config, "workerinput"):
-            return
-        before, _, rest = self.path.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        self.path.write_text(before + BEGIN + self.tables() + END + after, encoding="utf-8")
 
     def tables(self) -> str:
         lines = [f"Transformers {transformers.__version__}, torch {torch.__version__}, on a CPU.", ""]
