@@ -50,10 +50,10 @@ from .tokenization_conversation import is_possible_id, take_extra_tokens
 from .tokenization_plain import (
     KnownTokens,
     PlainTextsInRust,
+    RanksEncoder,
     RustEncoder,
     SentencePieceEncoder,
     TextsEncoder,
-    WordEncoder,
 )
 from .tokenization_published import PublishedCalls, RanksView, SentencePieceView, ready_ids
 from .tokenization_vocabulary import (
@@ -586,7 +586,7 @@ class ChatGLM4Tokenizer(ChatGLMTokenizersBackend):
         return bpe_from_ranks(vocab_file, self.vocabulary.control_tokens, more_tokens)
 
     def _make_texts_encoder(self) -> TextsEncoder:
-        return WordEncoder(self._text_tokenizer())
+        return RanksEncoder(self._text_tokenizer(), lambda: self.mergeable_ranks)
 
     @staticmethod
     def _rust_tokenizer(model: BPE) -> Tokenizer:

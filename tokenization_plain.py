@@ -19,11 +19,15 @@ What is unusual here:
   are made without it, and the Rust encodings when they are asked for (`PlainEncoding`).
 - ChatGLM2 and ChatGLM3: by SentencePiece itself, which is faster on a whole text than the same rules in Rust.
 - GLM-4: words are cut by Python's `re`, where a text has no characters but those whose kind no version of Unicode has
-  changed, and their ids are remembered.
+  changed, and their ids are remembered. Where `tiktoken` is installed, the published tokenizer's package, it takes over
+  from there once so much was encoded that it is worth getting it ready.
+- A call with one text and no settings does not go through the library's reading of settings.
 """
 
+import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -40,11 +44,20 @@ from .conversation_chatglm import check_text
 from .tokenization_vocabulary import CHARACTER_OF_BYTE, GLM4_PATTERN
 
 
-# What `GLM4_PATTERN` calls letters, digits and white space, within `COMMON_TEXT`.
-LETTERS = "A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5"
-DIGITS = "0-9"
-SPACES = " \t\n\x0b\x0c\r\u3000"
-COMMON_TEXT = re.compile(f"[\x00-\x7f\u2010-\u2027\u3000-\u3003\u3008-\u3011\uff01-\uff0f\uff1a-\uff20{LETTERS}]*")
+# What `GLM4_PATTERN` calls letters, digits and white space, within `COMMON_TEXT`: Latin but for the long s, which folds to
+# an s, Greek, Cyrillic, kana, Chinese, Hangul.
+LETTERS = (
+    "A-Za-z\xaa\xb5\xba\xc0-\xd6\xd8-\xf6\xf8-\u017e\u0391-\u03a1\u03a3-\u03c9\u0410-\u044f"
+    "\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+)
+DIGITS = "0-9\xb2\xb3\xb9\xbc-\xbe"
+SPACES = " \t\n\x0b\x0c\r\x85\xa0\u3000"
+# Punctuation, arrows, mathematics, boxes, pictures.
+SYMBOLS = (
+    "\x00-\x7f\x80-\xbf\xd7\xf7\u200b-\u200d\u2010-\u2027\u2030-\u205e\u2190-\u245f\u2500-\u2775\u2794-\u2bff"
+    "\u3001-\u3003\u3008-\u3011\ufe0f\uff01-\uff0f\uff1a-\uff20\U0001f300-\U0001faff"
+)
+COMMON_TEXT = re.compile(f"[{LETTERS}{DIGITS}{SPACES}{SYMBOLS}]*")
 COMMON_WORD = re.compile(
     GLM4_PATTERN.replace(r"[^\r\n\p{L}\p{N}]", f"[^\r\n{LETTERS}{DIGITS}]")
     .replace(r"[^\s\p{L}\p{N}]", f"[^{SPACES}{LETTERS}{DIGITS}]")
@@ -57,8 +70,21 @@ COMMON_WORD = re.compile(
 # No word goes on from a line break to what is neither white space nor another one.
 LINE_START = re.compile(f"(?<=\n)(?=[!-~{LETTERS}])")
 
+# A word that ends in a letter ends with the last of its letters, and these are none.
+WORD_END = re.compile(f"(?<=[{LETTERS}])(?=[\x00-@，。])")
+
+# Texts are searched for so many tokens by Python's `re`, which tries one after another.
+MOST_SEARCHED_TOKENS = 100
+
 # Words that are remembered; some megabytes.
 MOST_WORDS = 50_000
+
+# After so many characters `tiktoken` has saved the time it takes to get it ready, a third of a second.
+WORTHWHILE_CHARACTERS = 1_000_000
+
+# It takes texts in parts of about this length: before 0.10, its time grew with the square of a word's length, and in a
+# million blanks it panics.
+PART_CHARACTERS = 5_000
 
 # Arguments that ask for more than ids and masks, or change what a text is; the library's own way has them.
 FURTHER_ARGUMENTS = (
@@ -85,14 +111,20 @@ class PlainEncoding(BatchEncoding):
 
     Args:
         data: the columns.
-        make_encodings: gives the Rust encodings, one for each row of ids.
+        rows: their ids, as lists of lists.
+        by_the_library: encodes the same texts the library's way.
         tensor_type: as for `BatchEncoding`.
     """
 
     def __init__(
-        self, data: dict[str, Any], make_encodings: Callable[[], list[Encoding]], tensor_type: str | None = None
+        self,
+        data: dict[str, Any],
+        rows: list[list[int]],
+        by_the_library: Callable[[], BatchEncoding],
+        tensor_type: str | None = None,
     ) -> None:
-        self._make_encodings = make_encodings
+        self._rows = rows
+        self._by_the_library = by_the_library
         self._made_encodings: list[Encoding] | None = None
         super().__init__(data, tensor_type=tensor_type, n_sequences=1)
 
@@ -100,7 +132,10 @@ class PlainEncoding(BatchEncoding):
     @property
     def _encodings(self) -> list[Encoding]:
         if self._made_encodings is None:
-            self._made_encodings = self._make_encodings()
+            encodings = self._by_the_library().encodings or []
+            if [encoding.ids for encoding in encodings] != self._rows:
+                raise ValueError("The tokenizer was changed after it encoded this text; encode the text again.")
+            self._made_encodings = encodings
         return self._made_encodings
 
     @_encodings.setter
@@ -182,20 +217,103 @@ class WordEncoder(RustEncoder):
                 known[word] = [token]
 
 
+class RanksEncoder(WordEncoder):
+    """The ids of texts by `tiktoken`, where it is installed, and by the words of GLM-4 until that is worthwhile.
+
+    Args:
+        tokenizer: the Rust tokenizer, for texts with uncommon characters.
+        read_ranks: gives the byte strings of the vocabulary and their ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, read_ranks: Callable[[], dict[bytes, int]]) -> None:
+        super().__init__(tokenizer)
+        self._read_ranks = read_ranks
+        self._num_characters = 0.0
+        self._encoding: Any = None
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._encoding is None:
+            self._num_characters += sum(map(len, texts))
+            if self._num_characters >= WORTHWHILE_CHARACTERS:
+                self._get_ready()
+        if self._encoding is None:
+            return super().__call__(texts)
+        return list(map(self._ids_of_text, texts))
+
+    def _ids_of_text(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in cut_into_parts(text):
+            is_common = len(part) < 2 * PART_CHARACTERS and COMMON_TEXT.fullmatch(part)
+            ids += self._encoding.encode_ordinary(part) if is_common else super().__call__([part])[0]
+        return ids
+
+    def _get_ready(self) -> None:
+        # Here, because few programs encode so much.
+        try:
+            import tiktoken
+        except ImportError:
+            self._num_characters = -math.inf
+        else:
+            ranks = self._read_ranks()
+            self._encoding = tiktoken.Encoding("glm4", pat_str=GLM4_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+
 class TokenInText(NamedTuple):
-    """An added token: its id, whether it is special, and whether it takes itself from a text, anywhere, and no more."""
+    """An added token: its id, and whether it takes itself from a text, anywhere, and no more."""
 
     token_id: int
-    special: bool
     is_taken_as_it_is: bool
 
 
-# What is known of the added tokens of Rust tokenizers, by the `id` of each, for the size of its vocabulary.
-KnownTokens = dict[int, tuple[Tokenizer, int, dict[str, TokenInText]]]
+class SearchedTokens(NamedTuple):
+    """The added tokens that text is searched for, by their names, and what finds any of them.
+
+    They hold for a Rust tokenizer with a vocabulary of this size.
+    """
+
+    tokenizer: Tokenizer
+    size: int
+    tokens: dict[str, TokenInText]
+    pattern: re.Pattern[str]
+
+
+# By the `id` of a Rust tokenizer, and whether special tokens are left out.
+KnownTokens = dict[tuple[int, bool], SearchedTokens]
 
 
 class PlainTexts(PreTrainedTokenizerBase):
     """Calls of a tokenizer that ask for no more than the ids of whole texts, and leave the others to the library."""
+
+    def __call__(
+        self,
+        text: Any = None,
+        text_pair: Any = None,
+        text_target: Any = None,
+        text_pair_target: Any = None,
+        add_special_tokens: bool = True,
+        *args: Any,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        """Encode texts, as the library does, which describes the arguments; texts alone without reading the others."""
+        is_alone = text_pair is text_target is text_pair_target is None and not (args or kwargs)
+        if is_alone and (isinstance(text, str) or are_texts(text)):
+            return self._encode_plus(
+                text,
+                add_special_tokens=add_special_tokens,
+                return_tensors=return_tensors,
+                split_special_tokens=self.split_special_tokens,
+            )
+        return super().__call__(
+            text,
+            text_pair,
+            text_target,
+            text_pair_target,
+            add_special_tokens,
+            *args,
+            return_tensors=return_tensors,
+            **kwargs,
+        )
 
     def _encode_plus(
         self,
@@ -213,21 +331,20 @@ class PlainTexts(PreTrainedTokenizerBase):
         if return_attention_mask is None:
             return_attention_mask = self._default_mask(padding_strategy, return_tensors)
 
-        def by_the_library() -> BatchEncoding:
-            return super(PlainTexts, self)._encode_plus(
-                text,
-                text_pair,
-                add_special_tokens=add_special_tokens,
-                padding_strategy=padding_strategy,
-                truncation_strategy=truncation_strategy,
-                return_tensors=return_tensors,
-                return_attention_mask=return_attention_mask,
-                **kwargs,
-            )
-
+        by_the_library = partial(
+            super()._encode_plus,
+            text,
+            text_pair,
+            add_special_tokens=add_special_tokens,
+            padding_strategy=padding_strategy,
+            truncation_strategy=truncation_strategy,
+            return_tensors=return_tensors,
+            return_attention_mask=return_attention_mask,
+            **kwargs,
+        )
         texts = [text] if isinstance(text, str) else text
         is_whole = text_pair is None and truncation_strategy == TruncationStrategy.DO_NOT_TRUNCATE
-        if not is_whole or any(kwargs.get(name) for name in FURTHER_ARGUMENTS) or not are_texts(texts):
+        if not is_whole or any(map(kwargs.get, FURTHER_ARGUMENTS)) or not are_texts(texts):
             return by_the_library()
         is_split = kwargs.get("split_special_tokens")
         rows = self._ids_of_texts(texts, self.split_special_tokens if is_split is None else is_split)
@@ -237,7 +354,8 @@ class PlainTexts(PreTrainedTokenizerBase):
             # What stands around a text, once for all of them.
             framed = self.build_inputs_with_special_tokens([NO_ID])
             place = framed.index(NO_ID)
-            rows = [framed[:place] + ids + framed[place + 1 :] for ids in rows]
+            before, behind = framed[:place], framed[place + 1 :]
+            rows = [[*before, *ids, *behind] for ids in rows]
         for row in rows:
             self._eventual_warn_about_too_long_sequence(row, kwargs.get("max_length"), kwargs.get("verbose", True))
         columns = self._columns(rows, padding_strategy, return_attention_mask, kwargs)
@@ -291,13 +409,7 @@ class PlainTextsInRust(PlainTexts):
         by_the_library: Callable[[], BatchEncoding],
         return_tensors: str | None,
     ) -> BatchEncoding:
-        def make_encodings() -> list[Encoding]:
-            encodings = by_the_library().encodings or []
-            if [encoding.ids for encoding in encodings] != rows:
-                raise ValueError("The tokenizer was changed after it encoded this text; encode the text again.")
-            return encodings
-
-        return PlainEncoding(data, make_encodings, return_tensors)
+        return PlainEncoding(data, rows, by_the_library, return_tensors)
 
     def _columns(
         self,
@@ -320,46 +432,57 @@ class PlainTextsInRust(PlainTexts):
     def _plain_ids(self, texts: Sequence[str], tokenizer: Tokenizer, is_split: bool) -> list[list[int]] | None:
         """The ids of texts in which `tokenizer` finds its added tokens, the special ones unless `is_split`.
 
-        None if a token is among them that takes more than itself from a text, or is not taken everywhere.
+        None if a token is among them that takes more than itself from a text, or is not taken everywhere, or if there are
+        many tokens: Rust searches for all of them at once.
         """
-        searched = {
-            content: token
-            for content, token in self._tokens_in_text(tokenizer).items()
-            if not (is_split and token.special) and any(content in text for text in texts)
-        }
-        if not all(token.is_taken_as_it_is for token in searched.values()):
+        known = self._searched_tokens(tokenizer, is_split)
+        if len(known.tokens) > MOST_SEARCHED_TOKENS:
             return None
         if self._texts_encoder is None:
             self._texts_encoder = self._make_texts_encoder()
-        if not searched:
+        if not (known.tokens and any(map(known.pattern.search, texts))):
             return self._texts_encoder(texts)
-        pattern = re.compile(f"({'|'.join(map(re.escape, sorted(searched, key=len, reverse=True)))})")
-        split = [pattern.split(text) for text in texts]
+        found = [content for content in known.tokens if any(content in text for text in texts)]
+        if not all(known.tokens[content].is_taken_as_it_is for content in found):
+            return None
+        split = [known.pattern.split(text) for text in texts]
         ids = iter(self._texts_encoder([part for parts in split for part in parts[::2]]))
         rows = []
         for parts in split:
             row = next(ids)
             for token in parts[1::2]:
-                row = [*row, searched[token].token_id, *next(ids)]
+                row = [*row, known.tokens[token].token_id, *next(ids)]
             rows.append(row)
         return rows
 
-    def _tokens_in_text(self, tokenizer: Tokenizer) -> Mapping[str, "TokenInText"]:
+    def _searched_tokens(self, tokenizer: Tokenizer, is_split: bool) -> SearchedTokens:
         size = tokenizer.get_vocab_size()
-        known = self._known_tokens.get(id(tokenizer))
-        if known is None or known[:2] != (tokenizer, size):
+        known = self._known_tokens.get((id(tokenizer), is_split))
+        if known is None or known.tokenizer is not tokenizer or known.size != size:
             tokens = {
                 token.content: TokenInText(
-                    index, token.special, not (token.normalized or token.single_word or token.lstrip or token.rstrip)
+                    index, not (token.normalized or token.single_word or token.lstrip or token.rstrip)
                 )
                 for index, token in tokenizer.get_added_tokens_decoder().items()
+                if not (is_split and token.special)
             }
-            known = self._known_tokens[id(tokenizer)] = (tokenizer, size, tokens)
-        return known[2]
+            names = sorted(tokens, key=len, reverse=True)[: MOST_SEARCHED_TOKENS + 1]
+            known = SearchedTokens(tokenizer, size, tokens, re.compile(f"({'|'.join(map(re.escape, names))})"))
+            self._known_tokens[id(tokenizer), is_split] = known
+        return known
 
     def _make_texts_encoder(self) -> TextsEncoder:
         """What gives the ids of texts in which no token is searched for."""
         raise NotImplementedError
+
+
+def cut_into_parts(text: str) -> Iterator[str]:
+    """Cut a text of `COMMON_TEXT` behind words, as soon as a part has `PART_CHARACTERS`."""
+    start = 0
+    while len(text) - start > PART_CHARACTERS and (end := WORD_END.search(text, start + PART_CHARACTERS)):
+        yield text[start : end.start()]
+        start = end.start()
+    yield text[start:]
 
 
 def are_texts(texts: Any) -> bool:
@@ -373,8 +496,8 @@ __all__ = [
     "PlainEncoding",
     "PlainTexts",
     "PlainTextsInRust",
+    "RanksEncoder",
     "RustEncoder",
     "SentencePieceEncoder",
     "TextsEncoder",
-    "WordEncoder",
 ]

@@ -17,6 +17,7 @@ import copy
 import json
 import pickle
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -55,13 +56,37 @@ def encode_by_the_library(tokenizer: PreTrainedTokenizerBase, text: Any, **kwarg
 def test_ids_are_those_of_the_library(case_folder: Callable[[str], Path], name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(case_folder(name), trust_remote_code=True)
     strings = random_texts(300)
-    for added in ([], ["<new>", "龘龘"]):
+    for added in ([], ["<new>", "龘龘"], [f"<{index}>" for index in range(120)]):
         tokenizer.add_tokens(added)
         for settings in ({}, {"add_special_tokens": False}, {"split_special_tokens": True}):
             settings = {"split_special_tokens": tokenizer.split_special_tokens, **settings}
             expected = encode_by_the_library(tokenizer, strings, return_attention_mask=False, **settings)["input_ids"]
             assert tokenizer(strings, **settings)["input_ids"] == expected
             assert [tokenizer(text, **settings)["input_ids"] for text in strings[:100]] == expected[:100]
+        for text in (*strings[:50], strings[:50]):
+            # Settings take the longer way.
+            assert dict(tokenizer(text)) == dict(tokenizer(text, verbose=True))
+
+
+@pytest.mark.parametrize("is_installed", [pytest.param(True, marks=pytest.mark.programs), False])
+def test_long_use_gives_the_same_ids(
+    case_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, is_installed: bool
+) -> None:
+    if is_installed:
+        pytest.importorskip("tiktoken", reason="needs requirements/programs.txt: make test-programs")
+    else:
+        monkeypatch.setitem(sys.modules, "tiktoken", None)
+    tokenizer = AutoTokenizer.from_pretrained(case_folder("glm4"), trust_remote_code=True)
+    encoder = tokenizer._make_texts_encoder()
+    module = sys.modules[type(encoder).__module__]
+    monkeypatch.setattr(module, "PART_CHARACTERS", 4)
+    strings = [*random_texts(600), *("a" * 9, "a " * 9, "\n 中" * 9, "é\u0301" * 9)]
+    assert any(len(list(module.cut_into_parts(text))) > 2 for text in strings)
+    expected = module.RustEncoder(tokenizer._text_tokenizer())(strings)
+    assert encoder(strings) == expected
+    monkeypatch.setattr(module, "WORTHWHILE_CHARACTERS", 10)
+    assert encoder(strings) == expected
+    assert (encoder._encoding is not None) == is_installed
 
 
 @pytest.mark.parametrize("name", RUST_CASES)
