@@ -8,7 +8,7 @@
 #   make test-grid                        every way of fine-tuning, every compiled GPU kernel, the longest runs
 #   make test-programs                    programs of others, such as lm_eval, on all generations
 #   make test-engines                     vLLM, llama.cpp, ms-swift and other engines, on all generations
-#   make test-engines ARGS='--table docs/engines.md'    the same, for the page of results
+#   make test-engines ARGS='--table=docs/engines.md'    the same, for the page of results
 #   make test-browser                     the web page in Chromium, which the machine has to bring
 #   make fuzz                             hostile input, EXAMPLES=5000 of each kind
 #   make conformance                      Transformers' own tests of models and tokenizers

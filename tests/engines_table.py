@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What `make test-engines` came to: a row for each test, a column for each generation (`--table docs/engines.md`).
+"""What `make test-engines` came to: a row for each test, a column for each generation (`--table=docs/engines.md`).
 
 A test that shows a refusal says so with pytest's own `record_property("refused", message)`, and one of another result, by
 design or by mistake of the engine, with `record_property("differs", reason)`.

@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a run of tests came to, written into a page between two marks: the option `--table PAGE`."""
+"""What a run of tests came to, written into a page between two marks: the option `--table=PAGE`.
+
+With `=`, because pytest takes the page for a place of tests while it does not know the option yet.
+"""
 
 from pathlib import Path
 
