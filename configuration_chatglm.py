@@ -172,6 +172,13 @@ class ChatGLMConfig(PreTrainedConfig):
     }
     # Where the layers are in every model with a head, for GPTQ, which looks for them under the names of other models.
     path_of_layers = "transformer.encoder.layers"
+    # What stands before the list of layers goes to the first process, what stands behind it to the last.
+    base_model_pp_plan = {
+        "embedding.word_embeddings": (["input_ids"], ["inputs_embeds"]),
+        "encoder.layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "encoder.final_layernorm": (["hidden_states"], ["hidden_states"]),
+        "output_layer": (["hidden_states"], ["logits"]),
+    }
 
     model_version: str | None = None
     num_hidden_layers: int = 28

@@ -152,6 +152,17 @@ def take_published_names(model: PreTrainedModel, state_dict: dict[str, Any], pre
                 state_dict.setdefault(prefix + tied, state_dict[prefix + source])
 
 
+def refuse_pipeline_parallelism(distributed_config: Any) -> None:
+    """Raise a `ValueError` if the library's `DistributedConfig`, or a dict of its values, asks for a pipeline."""
+    values = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config or object)
+    if (values.get("pp_size") or 1) > 1:
+        raise ValueError(
+            "Pipeline parallelism (`pp_size`) of the library looks for `layers` and `norm` in the base model, and the "
+            'published names have them in `encoder`. Use `device_map="auto"` or `tp_size`, or put the stages together '
+            "yourself from `pp_plan`."
+        )
+
+
 @auto_docstring
 class ChatGLMPreTrainedModel(PictureModelMixin, PrefixTuningMixin, ChatGLMQuantizationMixin, PreTrainedModel):
     config: ChatGLMConfig
@@ -189,6 +200,7 @@ class ChatGLMPreTrainedModel(PictureModelMixin, PrefixTuningMixin, ChatGLMQuanti
         kwargs.pop("empty_init", None)
         if (device := kwargs.pop("device", None)) is not None:
             kwargs.setdefault("device_map", device)
+        refuse_pipeline_parallelism(kwargs.get("distributed_config"))
         cls.check_stored_prefix(*args, **kwargs)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from generations import GENERATION_CASES
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -511,4 +512,4 @@ def tensor_parallel_script(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.grid
 @pytest.mark.slow
 def test_tensor_parallel_equals_one_process(case_folder: Callable[[str], Path], tensor_parallel_script: Path) -> None:
-    run_in_two_processes(tensor_parallel_script, *map(case_folder, ("chatglm2-int4", "chatglm3", "chatglm1")))
+    run_in_two_processes(tensor_parallel_script, *map(case_folder, ("chatglm2-int4", *GENERATION_CASES)))

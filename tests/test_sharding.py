@@ -62,13 +62,148 @@ for folder in sys.argv[1:]:
 dist.destroy_process_group()
 """
 
+# Layers by torch's schedules: each process keeps its share of them, as `pp_plan` says, and what a batch needs besides hidden
+# states, its masks and positions, is made of the ids in every process.
+PIPELINE = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from transformers import AutoModel
+
+
+class Part(nn.Module):
+    def __init__(self, model, rank, size):
+        super().__init__()
+        self.model, self.is_last, self.takes = model, rank == size - 1, "inputs_embeds" if rank else "input_ids"
+        names = list(model.pp_plan)
+        [middle] = [index for index, name in enumerate(names) if isinstance(model.get_submodule(name), nn.ModuleList)]
+        layers = model.get_submodule(names[middle])
+        own = torch.arange(len(layers)).tensor_split(size)[rank].tolist()
+        model.set_submodule(names[middle], nn.ModuleList(layers[index] for index in own))
+        for name in names[: middle if rank else 0] + ([] if self.is_last else names[middle + 1 :]):
+            model.set_submodule(name, nn.Identity())
+
+    def forward(self, hidden, ids):
+        inputs = {self.takes: hidden, "attention_mask": self.model.get_masks(ids)}
+        inputs |= {"position_ids": self.model.get_position_ids(ids), "use_cache": False}
+        return self.model(**inputs).logits if self.is_last else self.model.base_model(**inputs).last_hidden_state
+
+
+def mean_loss(logits, ids):
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, size = dist.get_rank(), dist.get_world_size()
+ids = torch.arange(5, 37).view(4, 8)
+for folder in sys.argv[1:]:
+    whole = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    part = Part(AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32), rank, size)
+    assert sum(map(torch.numel, part.parameters())) < sum(map(torch.numel, whole.parameters()))
+    schedule = ScheduleGPipe(PipelineStage(part, rank, size, torch.device("cpu")), 2, loss_fn=mean_loss)
+    losses = []
+    logits = schedule.step(*(() if rank else (ids,)), ids=ids, target=ids, losses=losses)
+    expected = whole(ids, labels=ids)
+    expected.loss.backward()
+    if part.is_last:
+        torch.testing.assert_close(logits, expected.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sum(losses) / 2, expected.loss)
+    first = rank * len(whole.transformer.encoder.layers) // size
+    for (name, weight), (_, other) in zip(
+        part.model.transformer.encoder.layers[0].named_parameters(),
+        whole.transformer.encoder.layers[first].named_parameters(),
+        strict=True,
+    ):
+        torch.testing.assert_close(weight.grad, other.grad, atol=1e-5, rtol=1e-4, msg=f"{folder}: {name}")
+dist.destroy_process_group()
+"""
+# The library's own pipeline wants other names than the published ones.
+PIPELINE_OF_THE_LIBRARY = """
+import sys
+import torch.distributed as dist
+from transformers import AutoModel
+from transformers.distributed import DistributedConfig
+
+dist.init_process_group("gloo")
+for folder in sys.argv[1:]:
+    try:
+        AutoModel.from_pretrained(folder, trust_remote_code=True, distributed_config=DistributedConfig(pp_size=2))
+    except ValueError as error:
+        assert "Pipeline parallelism (`pp_size`)" in str(error), error
+    else:
+        raise AssertionError(folder)
+dist.destroy_process_group()
+"""
+# Without the copy of the weights that a process keeps below a size, which would be all of so small a model.
+ZERO3 = """
+import sys
+import deepspeed
+import torch
+import torch.distributed as dist
+from transformers import AutoModel
+from transformers.integrations import HfDeepSpeedConfig
+
+torch.set_num_threads(1)
+deepspeed.init_distributed("gloo")
+rank, size = dist.get_rank(), dist.get_world_size()
+ids = torch.arange(5, 37).view(4, 8)
+own = ids.chunk(size)[rank]
+greedy = {"max_new_tokens": 6, "do_sample": False}
+settings = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_allow_untested_optimizer": True,
+    "train_micro_batch_size_per_gpu": len(own),
+    "train_batch_size": len(ids),
+}
+for folder in sys.argv[1:]:
+    whole = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    answers = whole.generate(ids, **greedy)
+    served = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    served = deepspeed.init_inference(served, dtype=torch.float32, replace_with_kernel_inject=False)
+    assert torch.equal(served.generate(ids, **greedy), answers), folder
+    # As long as it lives, models are split while they are loaded.
+    split_from_now_on = HfDeepSpeedConfig(settings)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = deepspeed.initialize(model=model, config=settings, optimizer=optimizer)[0].eval()
+    assert sum(weight.ds_tensor.numel() for weight in model.parameters()) < 0.6 * sum(map(torch.numel, whole.parameters()))
+    assert torch.equal(model.generate(ids, synced_gpus=True, **greedy), answers), folder
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    for _ in range(3):
+        loss = engine(input_ids=own, labels=own).loss
+        engine.backward(loss)
+        engine.step()
+        expected = whole(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
+        dist.all_reduce(mean := loss.detach() / size)
+        torch.testing.assert_close(mean, expected.detach(), atol=1e-4, rtol=1e-4)
+    del split_from_now_on
+dist.destroy_process_group()
+"""
+PROGRAMS = {"fully sharded": SHARDED, "pipeline": PIPELINE, "pipeline of the library": PIPELINE_OF_THE_LIBRARY}
+
 
 @pytest.mark.grid
 @pytest.mark.slow
-def test_fully_sharded_equals_one_process(case_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """The library's own sharding (`DistributedConfig`), which splits every layer by itself."""
-    (tmp_path / "sharded.py").write_text(SHARDED, encoding="utf-8")
-    run_in_two_processes(tmp_path / "sharded.py", *map(case_folder, GENERATION_CASES), seconds=600)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_two_processes_equal_one(program: str, case_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """The library's sharding (`DistributedConfig`), which splits every layer by itself, and pipelines of layers."""
+    (tmp_path / "program.py").write_text(PROGRAMS[program], encoding="utf-8")
+    run_in_two_processes(tmp_path / "program.py", *map(case_folder, GENERATION_CASES), seconds=600)
+
+
+@pytest.mark.engines
+@pytest.mark.compiler
+def test_zero3_equals_one_process(case_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="needs requirements/engines.txt: make test-engines")
+    (tmp_path / "program.py").write_text(ZERO3, encoding="utf-8")
+    # The first run on a machine compiles a part of DeepSpeed.
+    run_in_two_processes(tmp_path / "program.py", *map(case_folder, GENERATION_CASES), seconds=1200)
 
 
 @every_generation

@@ -22,6 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
+
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 def free_port() -> int:
@@ -40,11 +44,20 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def run_in_two_processes(script: Path, *words: str | Path, seconds: float = 240) -> str:
-    """Run a script with two processes of one thread each, without GPUs; what it printed."""
+def run_in_two_processes(
+    script: Path, *words: str | Path, launcher: tuple[str, ...] = TORCHRUN, seconds: float = 240
+) -> str:
+    """Run a script with two processes of one thread each, without GPUs; what it printed.
+
+    The launcher, a module with its options, runs in the repository, from where shipped settings name each other.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # DeepSpeed compiles with the `ninja` of this environment.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        [sys.executable, "-m", *launcher, script, *words],
+        env=environment,
+        cwd=REPOSITORY,
         capture_output=True,
         encoding="utf-8",
         timeout=seconds,
