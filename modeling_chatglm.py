@@ -204,6 +204,9 @@ class ChatGLMPreTrainedModel(PictureModelMixin, PrefixTuningMixin, ChatGLMQuanti
         cls.check_stored_prefix(*args, **kwargs)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Private (Transformers 5.17 to 5.23), as DeepSpeed's ZeRO-3 keeps all of them, and saving would undo every one.
+        if conversions := getattr(model, "_weight_conversions", None):
+            model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
         # Loading replaces the parameters by new ones, which all require a gradient.
         model.freeze_base_model()
         return loaded

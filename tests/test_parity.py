@@ -341,8 +341,10 @@ warnings.simplefilter("error")
 before = state()
 for folder in sys.argv[1:]:
     AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    AutoModel.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    model.chat(tokenizer, "1 + 1", do_sample=False, max_length=None, max_new_tokens=3)
+    list(model.stream_chat(tokenizer, "1 + 1", do_sample=False, max_length=None, max_new_tokens=3))
 changed = [name for name, value in state().items() if value != before[name]]
 assert not changed, changed
 """
