@@ -49,6 +49,8 @@ DEFAULT_NUM_IMAGE_TOKENS = 20000
 BLANKS = re.compile("(   {0,78})")
 PIECE_OF_BLANKS = {" " * length: f"<|blank_{length}|>" for length in range(2, 81)}
 BLANK_PIECE = re.compile(r"<\|blank_([2-9]|[1-7][0-9]|80)\|>")
+# Zeros before the number change nothing, as in the published tokenizer.
+IMAGE_TOKEN = re.compile(r"<image_0*([0-9]+)>")
 
 
 class ChatGLM6BTokenizer(ConversationTokenizer, PlainTexts, PythonBackend):
@@ -439,6 +441,8 @@ class SPTokenizer:
         """The token of an id (`""` if there is none), or the id of a token (that of `<unk>` if there is none)."""
         if isinstance(key, str):
             index = self.vocab.get(key)
+            if index is None and (image := IMAGE_TOKEN.fullmatch(key)):
+                index = self.vocab.get(f"<image_{image[1]}>")
             return self.num_image_tokens + self.text_tokenizer.unk_id() if index is None else index
         if 0 <= key < self.num_image_tokens:
             return f"<image_{key}>"

@@ -327,7 +327,7 @@ def test_image_tokens_come_first(source: Callable[[str], ModuleType], vocabulary
         assert tokenizer.stop_token_ids() == [EOP + shift]
         assert len(tokenizer.get_vocab()) == tokenizer.vocab_size == plain.vocab_size + shift
     assert tokenizer.convert_ids_to_tokens([7, 19_999, 20_000]) == ["<image_7>", "<image_19999>", "<unk>"]
-    assert tokenizer.convert_tokens_to_ids(["<image_7>", "<image_20000>"]) == [7, 20_000]
+    assert tokenizer.convert_tokens_to_ids(["<image_7>", "<image_007>", "<image_20000>"]) == [7, 7, 20_000]
     assert tokenizer.decode([7]) == "<image_7>"
 
 
