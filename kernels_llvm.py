@@ -23,6 +23,7 @@ What is unusual here:
 import ctypes
 import os
 import sys
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -40,6 +41,9 @@ except (ImportError, OSError):  # not installed, or its library does not load
 logger = logging.get_logger(__name__)
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+# Tensors of other classes, such as those that torch traces with, have no memory that a kernel could read.
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+CPU = torch.device("cpu")
 
 # Rows of the weight, and at most of the input, that are multiplied at a time. More would not fit into the registers.
 WEIGHT_ROWS = 4
@@ -101,6 +105,10 @@ class Program:
         kind = INT64 if kind is None else kind
         return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
 
+    def lanes(self, numbers: Sequence[int]) -> Any:
+        """A vector of 32-bit integers."""
+        return ir.Constant(ir.VectorType(INT32, len(numbers)), list(numbers))
+
     def vector(self, kind: Any, lanes: int) -> Any:
         return ir.VectorType(kind, lanes)
 
@@ -139,15 +147,21 @@ class Program:
         self.builder.store(value, self.pointer(address)).align = 1
 
     def store_rounded(self, value: Any, address: Any, dtype: torch.dtype) -> None:
-        """Write a float32 as float16 or bfloat16, rounded to the nearest, halves to even."""
+        """Write one float32 or a vector of them in any float dtype, rounded to the nearest, halves to even."""
         builder = self.builder
-        if dtype == torch.float16:
-            self.store(builder.fptrunc(value, HALF), address)
-            return
-        bits, half_less_one = builder.bitcast(value, INT32), self.constant(0x7FFF, INT32)
-        is_odd = builder.and_(builder.lshr(bits, self.constant(16, INT32)), self.constant(1, INT32))
-        bits = builder.add(builder.add(bits, half_less_one), is_odd)
-        self.store(builder.trunc(builder.lshr(bits, self.constant(16, INT32)), INT16), address)
+        half, short, word = (
+            ir.VectorType(kind, value.type.count) if isinstance(value.type, ir.VectorType) else kind
+            for kind in (HALF, INT16, INT32)
+        )
+        if dtype == torch.float32:
+            self.store(value, address)
+        elif dtype == torch.float16:
+            self.store(builder.fptrunc(value, half), address)
+        else:
+            bits, half_less_one = builder.bitcast(value, word), self.constant(0x7FFF, word)
+            is_odd = builder.and_(builder.lshr(bits, self.constant(16, word)), self.constant(1, word))
+            bits = builder.add(builder.add(bits, half_less_one), is_odd)
+            self.store(builder.trunc(builder.lshr(bits, self.constant(16, word)), short), address)
 
     def sum(self, *terms: Any) -> Any:
         """The sum of addresses, indices and Python numbers; a pair of terms is multiplied first."""
@@ -165,8 +179,8 @@ class Program:
 
     def pick(self, vector: Any, lanes: Sequence[int], other: Any = None) -> Any:
         """A vector of the given lanes of one vector, or of one and another behind it."""
-        order = ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes))
-        return self.builder.shuffle_vector(vector, self.undefined(vector.type) if other is None else other, order)
+        other = self.undefined(vector.type) if other is None else other
+        return self.builder.shuffle_vector(vector, other, self.lanes(lanes))
 
     def spread(self, value: Any, lanes: int) -> Any:
         """A vector with the same value in every lane."""
@@ -208,6 +222,13 @@ class Program:
         builder.branch(head)
         builder.position_at_end(after)
         return carried
+
+
+def exchanged_lanes(bit: int) -> tuple[list[int], list[int]]:
+    """How two vectors of 16 lanes exchange those whose numbers have a bit, or have it not: the lanes of both results."""
+    kept = [lane if not lane & bit else (lane ^ bit) + 16 for lane in range(16)]
+    given = [lane | bit if not lane & bit else lane + 16 for lane in range(16)]
+    return kept, given
 
 
 class TasksProgram(Program):
@@ -393,6 +414,18 @@ def ask_for_large_pages(tensor: torch.Tensor) -> None:
             advise(first, num_bytes, MADV_HUGEPAGE)
 
 
+def can_run_kernels(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are on a CPU, and nothing is asked for but a result: no gradient, no trace, no export."""
+    return (
+        not torch.is_grad_enabled()
+        and type(one) in PLAIN_TENSORS
+        and type(other) in PLAIN_TENSORS
+        and one.device == other.device == CPU
+        and not torch.jit.is_tracing()
+        and not is_exporting()
+    )
+
+
 # The process whose OpenMP threads the kernels have used.
 openmp_process: int | None = None
 # The bias of layers that have none: 16 zeros.
@@ -448,13 +481,14 @@ def run_tasks(kernel: Kernel, num_tasks: int, *arguments: int) -> None:
         arguments: all but the first.
     """
     global openmp_process
-    shared = (ctypes.c_uint64 * (1 + len(arguments)))(0, *arguments)
+    shared = array("Q", (0, *arguments))
+    address, _ = shared.buffer_info()
     num_threads, parallel = count_threads(num_tasks), load_openmp()
     if num_threads == 1 or parallel is None:
-        kernel.run(ctypes.addressof(shared))
+        kernel.run(address)
         return
     openmp_process = os.getpid()
-    parallel(kernel.address, ctypes.addressof(shared), num_threads, 0)
+    parallel(kernel.address, address, num_threads, 0)
 
 
 def own_name(name: str) -> str:
@@ -498,8 +532,10 @@ __all__ = [
     "TasksProgram",
     "ask_for_large_pages",
     "can_add_bias",
+    "can_run_kernels",
     "compile_kernel",
     "count_threads",
+    "exchanged_lanes",
     "has_kernels",
     "is_exporting",
     "multiply_rows",

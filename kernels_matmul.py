@@ -42,6 +42,7 @@ from .kernels_llvm import (
     can_add_bias,
     compile_kernel,
     count_threads,
+    exchanged_lanes,
     run_tasks,
 )
 
@@ -80,8 +81,7 @@ def transpose(program: Program, rows: list[Any]) -> list[Any]:
     """16 vectors of 16 pairs, of rows, as vectors of columns."""
     for bit in (1, 2, 4, 8):
         # Vectors whose numbers differ in one bit exchange the lanes whose numbers differ in it.
-        kept = [lane if not lane & bit else (lane ^ bit) + 16 for lane in range(16)]
-        given = [lane | bit if not lane & bit else lane + 16 for lane in range(16)]
+        kept, given = exchanged_lanes(bit)
         exchanged = list(rows)
         for number in range(16):
             if not number & bit:

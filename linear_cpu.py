@@ -37,9 +37,9 @@ from .kernels_llvm import (
     Kernel,
     RowsProgram,
     can_add_bias,
+    can_run_kernels,
     compile_kernel,
     has_kernels,
-    is_exporting,
     multiply_rows,
     own_name,
     processor_has,
@@ -58,9 +58,6 @@ MAX_ROWS_WITH_PAIRS = {**MAX_ROWS, torch.float16: 12}
 MIN_CONVERTED_ROWS = 8
 # Rows of the weight that are converted at a time, so that they stay in the processor's cache.
 CONVERTED_ROWS = 256
-
-# Tensors of other classes, such as those that torch traces with, have no memory that a kernel could read.
-PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 
 
 @cache
@@ -138,7 +135,7 @@ def find_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     num_rows = x.numel() // in_features if in_features else 0
     if not 0 < num_rows <= most_rows(x.dtype) or in_features % STEP_COLUMNS != 0 or out_features == 0:
         return None
-    is_known = weight.dtype == x.dtype and weight.is_cpu and x.is_cpu and weight.is_contiguous()
+    is_known = weight.dtype == x.dtype and weight.is_contiguous()
     if not is_known or x.shape[-1] != in_features or not can_add_bias(bias, x, weight):
         return None
     return compile_kernel(FloatProgram, x.dtype, min(num_rows, rows_at_a_time()))
@@ -206,22 +203,9 @@ def _(x, weight, bias=None):
 HAS_KERNELS = has_kernels(FloatProgram)
 
 
-def is_mere_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether nothing but the product of these tensors is asked for."""
-    return (
-        not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-        and type(x) in PLAIN_TENSORS
-        and type(weight) in PLAIN_TENSORS
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
-        and not is_exporting()
-    )
-
-
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`x @ weight^T + bias` as `F.linear` computes it, by a kernel where there is one: `[..., in]` -> `[..., out]`."""
-    if x.dtype not in MAX_ROWS or not is_mere_product(x, weight):
+    if x.dtype not in MAX_ROWS or not can_run_kernels(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():
         return multiply_operator(x, weight, bias) if HAS_KERNELS else F.linear(x, weight, bias)

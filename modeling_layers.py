@@ -40,6 +40,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_chatglm import ChatGLMConfig
+from .kernels_layers import attend, norm_rows
 from .linear_cpu import ChatGLMLinear
 
 
@@ -59,11 +60,13 @@ class ChatGLMRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight: torch.Tensor = self.weight
-        dtype = weight.dtype
+        dtype, is_compiling = weight.dtype, torch.compiler.is_compiling()
+        if not is_compiling and (normed := norm_rows(hidden_states, weight, self.variance_epsilon)) is not None:
+            return normed
         # Tensors of other classes are traced: a constant that was made for them would be kept for all.
         is_plain = type(hidden_states) is torch.Tensor and hidden_states.device.type == "cpu"
         # In training `F.rms_norm` keeps less for the gradient.
-        if torch.is_grad_enabled() or not is_plain or dtype == torch.float64 or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or not is_plain or dtype == torch.float64 or is_compiling:
             weight = weight.to(hidden_states.dtype)
             # The residual stream may be float32 while the layers compute in half precision.
             return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon).to(dtype)
@@ -188,11 +191,11 @@ def spread_rotary_tables(
         interleaved: pairs are (0, 1), (2, 3), ...; otherwise the first half of those channels with the second half.
 
     Returns:
-        Two tensors `[batch, seq, 1, head_dim]`.
+        Two tensors `[batch, 1, seq, head_dim]`.
     """
     pair_dim = -1 if interleaved else -2
-    own = torch.stack((cos, cos), dim=pair_dim).flatten(-3).transpose(1, 2)
-    partner = torch.stack((-sin, sin), dim=pair_dim).flatten(-3).transpose(1, 2)
+    own = torch.stack((cos, cos), dim=pair_dim).flatten(-3)
+    partner = torch.stack((-sin, sin), dim=pair_dim).flatten(-3)
     num_unturned = head_dim - own.shape[-1]
     if num_unturned == 0:
         return own, partner
@@ -209,7 +212,7 @@ def apply_rotary_pos_emb(
         own, partner: factors from `spread_rotary_tables` that broadcast to the states.
         pair_distance: how far apart the channels of a pair are.
     """
-    partners = states.unflatten(-1, (-1, 2, pair_distance)).flip(-2).flatten(-3)
+    partners = states.view(*states.shape[:-1], -1, 2, pair_distance).flip(-2).flatten(-3)
     return torch.addcmul(states * own, partners, partner)
 
 
@@ -272,22 +275,22 @@ class ChatGLMAttention(nn.Module):
     def make_states(
         self, qkv: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, ...]:
-        """`[batch, seq, fused]` -> turned queries and keys, and values, each `[batch, seq, heads, head_dim]`."""
+        """`[batch, seq, fused]` -> turned queries and keys, and values, each `[batch, heads, seq, head_dim]`."""
+        # On CPUs, one token costs as much time as there are operators. Queries and keys are turned together.
+        batch_size, seq_len, _ = qkv.shape
         # CODEPATH: glm, whose positions are in the embeddings.
         if position_embeddings is None:
-            return qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+            return qkv.view(batch_size, seq_len, 3, -1, self.head_dim).transpose(1, 3).unbind(2)
         own, partner = position_embeddings
         if self.is_qkv_interleaved:
-            heads = qkv.unflatten(-1, (-1, 3, self.head_dim))
-            # Queries and keys are turned together: on CPUs, one token costs as much time as there are operators.
-            turned = apply_rotary_pos_emb(
-                heads[..., :2, :], own.unsqueeze(2), partner.unsqueeze(2), self.pair_distance
-            )
+            heads = qkv.view(batch_size, seq_len, -1, 3, self.head_dim).transpose(1, 2)
+            own, partner = own.unsqueeze(-2), partner.unsqueeze(-2)
+            turned = apply_rotary_pos_emb(heads[..., :2, :], own, partner, self.pair_distance)
             return *turned.unbind(3), heads[..., 2, :]
-        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        heads = qkv.view(batch_size, seq_len, -1, self.head_dim).transpose(1, 2)
         num_turned = self.num_query_heads + self.num_key_value_heads
-        turned = apply_rotary_pos_emb(heads[:, :, :num_turned], own, partner, self.pair_distance)
-        return turned[:, :, : self.num_query_heads], turned[:, :, self.num_query_heads :], heads[:, :, num_turned:]
+        turned = apply_rotary_pos_emb(heads[:, :num_turned], own, partner, self.pair_distance)
+        return turned[:, : self.num_query_heads], turned[:, self.num_query_heads :], heads[:, num_turned:]
 
     def forward(
         self,
@@ -298,9 +301,8 @@ class ChatGLMAttention(nn.Module):
         prefix_cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        states = self.make_states(self.query_key_value(hidden_states), position_embeddings)
-        query_states, key_states, value_states = [heads.transpose(1, 2) for heads in states]
-
+        qkv = self.query_key_value(hidden_states)
+        query_states, key_states, value_states = self.make_states(qkv, position_embeddings)
         # Gradient checkpointing, which needs `prefix_cache`, sets `past_key_values` to None.
         held = past_key_values if prefix_cache is None else prefix_cache
         if held is not None:
@@ -309,6 +311,12 @@ class ChatGLMAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        # One token on a CPU: the kernel stands for torch's, which takes several times as long as reading the cache.
+        if attention_mask is None and attention_interface is sdpa_attention_forward and "cache" not in kwargs:
+            is_compiling = torch.compiler.is_compiling()
+            attended = None if is_compiling else attend(query_states, key_states, value_states, self.scaling)
+            if attended is not None:
+                return self.dense(attended), None
         module: Any = self
         value_dtype = value_states.dtype
         is_folded = attention_mask is None and self.should_fold_query_heads(attention_interface, query_states)

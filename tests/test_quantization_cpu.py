@@ -42,7 +42,7 @@ SHAPES = (
 )
 HALVES = (torch.bfloat16, torch.float16)
 # Half of the distance between two numbers around 1: what the last rounding may be off.
-ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+ROUNDING = {torch.float32: 2**-22, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 @pytest.fixture(scope="module")

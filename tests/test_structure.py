@@ -57,6 +57,7 @@ ARROWS: dict[str, set[str]] = {
     "generation_streaming": set(),
     "image_processing_chatglm": {"configuration_generations", "configuration_vision"},
     "kernels_llvm": set(),
+    "kernels_layers": {"kernels_llvm"},
     "kernels_matmul": {"kernels_llvm"},
     "linear_cpu": {"kernels_llvm", "kernels_matmul"},
     "modeling_chatglm": {
@@ -77,7 +78,7 @@ ARROWS: dict[str, set[str]] = {
     "modeling_cache": set(),
     "modeling_classification": set(),
     "modeling_glm": {"configuration_chatglm", "modeling_chatglm", "modeling_classification"},
-    "modeling_layers": {"configuration_chatglm", "linear_cpu"},
+    "modeling_layers": {"configuration_chatglm", "kernels_layers", "linear_cpu"},
     "modeling_pictures": {"configuration_vision", "generation_published"},
     "modeling_positions": set(),
     "modeling_prefix": set(),
