@@ -38,6 +38,7 @@ from .kernels_llvm import (
     can_run_kernels,
     compile_kernel,
     exchanged_lanes,
+    has_kernels,
     run_tasks,
 )
 
@@ -100,6 +101,10 @@ class NormProgram(Program):
         return self.loop(self.constant(0), length, LANES, [], scale)
 
 
+# Asked once: without kernels a token should cost no more than torch's operators.
+HAS_KERNELS = has_kernels(NormProgram)
+
+
 def find_addresses(*tensors: torch.Tensor) -> tuple[int, ...] | None:
     """Where tensors are in memory; those that `torch.vmap` makes are nowhere."""
     try:
@@ -118,7 +123,7 @@ def norm_rows(states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tor
     Returns:
         `[..., length]`, or `None` where no kernel computes it.
     """
-    if not can_run_kernels(states, weight):
+    if not HAS_KERNELS or not can_run_kernels(states, weight):
         return None
     length = weight.shape[0]
     is_known = states.dtype in FLOAT_DTYPES and weight.dtype in FLOAT_DTYPES and states.shape[-1] == length
@@ -357,7 +362,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
     Returns:
         `[batch, 1, heads * head_dim]`, or `None` where no kernel computes it.
     """
-    if not can_run_kernels(query, key):
+    if not HAS_KERNELS or not can_run_kernels(query, key):
         return None
     dtype, (batch_size, num_heads, num_queries, head_dim) = query.dtype, query.shape
     if num_queries != 1 or dtype not in FLOAT_DTYPES or head_dim % LANES != 0:

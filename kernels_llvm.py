@@ -380,8 +380,8 @@ def has_kernels(write: type[Program]) -> bool:
 
 @cache
 def processor_features() -> Any:
-    """What this processor has, by LLVM's names: a dictionary of booleans."""
-    return llvm.get_host_cpu_features()
+    """What this processor has, by LLVM's names: a dictionary of booleans, empty where LLVM is not there to ask."""
+    return {} if llvm is None else llvm.get_host_cpu_features()
 
 
 def processor_has(*features: str) -> bool:

@@ -46,9 +46,9 @@ def layers(source: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture
-def needs_kernels(layers: ModuleType, source: Callable[[str], ModuleType]) -> None:
+def needs_kernels(layers: ModuleType) -> None:
     """For the rest of a test; other processors take torch's way everywhere."""
-    if not source("kernels_llvm").has_kernels(layers.NormProgram):
+    if not layers.HAS_KERNELS:
         pytest.skip("needs a processor that the kernels are for, and llvmlite")
 
 

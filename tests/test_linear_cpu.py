@@ -263,8 +263,12 @@ def test_without_kernels_torch_multiplies(
     fault: str, linear_cpu: ModuleType, source: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llvm_kernels = source("kernels_llvm")
+    caches = (llvm_kernels.processor_features, llvm_kernels.rows_at_a_time, linear_cpu.multiplies_pairs)
     if fault == "no llvmlite":
         monkeypatch.setattr(llvm_kernels, "ir", None)
+        monkeypatch.setattr(llvm_kernels, "llvm", None)
+        for cached in caches:
+            cached.cache_clear()
     elif llvm_kernels.ir is None:
         pytest.skip("needs llvmlite")
     elif fault == "old llvmlite":
@@ -282,6 +286,8 @@ def test_without_kernels_torch_multiplies(
     x = torch.randn(2, 64).bfloat16()
     with torch.no_grad():
         assert layer(x).equal(F.linear(x, layer.weight, layer.bias))
+    for cached in caches if fault == "no llvmlite" else ():
+        cached.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
