@@ -80,6 +80,7 @@ style: setup
 	$(NEWEST)/bin/ruff check .
 	$(NEWEST)/bin/mlinter --no-progress $(MODEL_FILES)
 	$(NEWEST)/bin/mypy
+	$(NEWEST)/bin/mypy --python-version 3.14
 
 fix: setup
 	$(NEWEST)/bin/ruff check --fix .

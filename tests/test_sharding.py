@@ -27,6 +27,7 @@ from conftest import REPOSITORY
 from generations import GENERATION_CASES, TINY, every_generation
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, PreTrainedModel
+from transformers.distributed import DistributedConfig
 from waiting import run_in_two_processes
 
 
@@ -120,23 +121,6 @@ for folder in sys.argv[1:]:
         torch.testing.assert_close(weight.grad, other.grad, atol=1e-5, rtol=1e-4, msg=f"{folder}: {name}")
 dist.destroy_process_group()
 """
-# The library's own pipeline wants other names than the published ones.
-PIPELINE_OF_THE_LIBRARY = """
-import sys
-import torch.distributed as dist
-from transformers import AutoModel
-from transformers.distributed import DistributedConfig
-
-dist.init_process_group("gloo")
-for folder in sys.argv[1:]:
-    try:
-        AutoModel.from_pretrained(folder, trust_remote_code=True, distributed_config=DistributedConfig(pp_size=2))
-    except ValueError as error:
-        assert "Pipeline parallelism (`pp_size`)" in str(error), error
-    else:
-        raise AssertionError(folder)
-dist.destroy_process_group()
-"""
 # Without the copy of the weights that a process keeps below a size, which would be all of so small a model.
 ZERO3 = """
 import os, sys
@@ -194,7 +178,7 @@ for folder in sys.argv[2:]:
     del split_from_now_on
 dist.destroy_process_group()
 """
-PROGRAMS = {"fully sharded": SHARDED, "pipeline": PIPELINE, "pipeline of the library": PIPELINE_OF_THE_LIBRARY}
+PROGRAMS = {"fully sharded": SHARDED, "pipeline": PIPELINE}
 
 
 @pytest.mark.grid
@@ -204,6 +188,12 @@ def test_two_processes_equal_one(program: str, case_folder: Callable[[str], Path
     """The library's sharding (`DistributedConfig`), which splits every layer by itself, and pipelines of layers."""
     (tmp_path / "program.py").write_text(PROGRAMS[program], encoding="utf-8")
     run_in_two_processes(tmp_path / "program.py", *map(case_folder, GENERATION_CASES), seconds=600)
+
+
+@pytest.mark.parametrize("settings", [{"pp_size": 2}, DistributedConfig(pp_size=2)], ids=["dict", "settings"])
+def test_the_pipeline_of_the_library_is_refused(settings: Any, case_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="Pipeline parallelism .`pp_size`.*device_map"):
+        AutoModel.from_pretrained(case_folder("chatglm3"), trust_remote_code=True, distributed_config=settings)
 
 
 @pytest.mark.engines
