@@ -145,37 +145,36 @@ settings = {
     "train_micro_batch_size_per_gpu": len(own),
     "train_batch_size": len(ids),
 }
-for folder in sys.argv[2:]:
-    whole = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    answers = whole.generate(ids, **greedy)
-    served = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    served = deepspeed.init_inference(served, dtype=torch.float32, replace_with_kernel_inject=False)
-    assert torch.equal(served.generate(ids, **greedy), answers), folder
-    # As long as it lives, models are split while they are loaded.
-    split_from_now_on = HfDeepSpeedConfig(settings)
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine = deepspeed.initialize(model=model, config=settings, optimizer=optimizer)[0]
-    assert sum(weight.ds_tensor.numel() for weight in model.parameters()) < 0.6 * sum(map(torch.numel, whole.parameters()))
-    assert torch.equal(model.generate(ids, synced_gpus=True, **greedy), answers), folder
-    # What is saved has the names that it came with.
-    if rank == 0:
-        for name, one in (("whole", whole), ("split", model)):
-            one.save_pretrained(name, state_dict=whole.state_dict())
-        assert load_file("split/model.safetensors").keys() == load_file("whole/model.safetensors").keys(), folder
-    engine.train()
-    optimizer = torch.optim.SGD(whole.train().parameters(), lr=0.1)
-    for _ in range(3):
-        loss = engine(input_ids=own, labels=own).loss
-        engine.backward(loss)
-        engine.step()
-        expected = whole(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        expected.backward()
-        optimizer.step()
-        dist.all_reduce(mean := loss.detach() / size)
-        torch.testing.assert_close(mean, expected.detach(), atol=1e-4, rtol=1e-4)
-    del split_from_now_on
+folder = sys.argv[2]
+whole = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+answers = whole.generate(ids, **greedy)
+served = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+served = deepspeed.init_inference(served, dtype=torch.float32, replace_with_kernel_inject=False)
+assert torch.equal(served.generate(ids, **greedy), answers)
+# As long as it lives, models are split while they are loaded.
+split_from_now_on = HfDeepSpeedConfig(settings)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+engine = deepspeed.initialize(model=model, config=settings, optimizer=optimizer)[0]
+assert sum(weight.ds_tensor.numel() for weight in model.parameters()) < 0.6 * sum(map(torch.numel, whole.parameters()))
+assert torch.equal(model.generate(ids, synced_gpus=True, **greedy), answers)
+# What is saved has the names that it came with.
+if rank == 0:
+    for name, one in (("whole", whole), ("split", model)):
+        one.save_pretrained(name, state_dict=whole.state_dict())
+    assert load_file("split/model.safetensors").keys() == load_file("whole/model.safetensors").keys()
+engine.train()
+optimizer = torch.optim.SGD(whole.train().parameters(), lr=0.1)
+for _ in range(3):
+    loss = engine(input_ids=own, labels=own).loss
+    engine.backward(loss)
+    engine.step()
+    expected = whole(input_ids=ids, labels=ids).loss
+    optimizer.zero_grad()
+    expected.backward()
+    optimizer.step()
+    dist.all_reduce(mean := loss.detach() / size)
+    torch.testing.assert_close(mean, expected.detach(), atol=1e-4, rtol=1e-4)
 dist.destroy_process_group()
 """
 PROGRAMS = {"fully sharded": SHARDED, "pipeline": PIPELINE}
@@ -198,11 +197,12 @@ def test_the_pipeline_of_the_library_is_refused(settings: Any, case_folder: Call
 
 @pytest.mark.engines
 @pytest.mark.compiler
-def test_zero3_equals_one_process(case_folder: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", GENERATION_CASES)
+def test_zero3_equals_one_process(name: str, case_folder: Callable[[str], Path], tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="needs requirements/engines.txt: make test-engines")
     (tmp_path / "program.py").write_text(ZERO3, encoding="utf-8")
     # The first run on a machine compiles a part of DeepSpeed.
-    run_in_two_processes(tmp_path / "program.py", tmp_path, *map(case_folder, GENERATION_CASES), seconds=1200)
+    run_in_two_processes(tmp_path / "program.py", tmp_path, case_folder(name), seconds=1200)
 
 
 @every_generation
