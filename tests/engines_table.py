@@ -97,7 +97,7 @@ class EnginesTable(ResultsPage):
 
     def note(self, text: str) -> int:
         """The number under which a message or a reason stands below the tables."""
-        text = " ".join(text.split()).replace("|", "\\|")
+        text = " ".join(text.split()).replace(f"{REPOSITORY}/", "").replace("|", "\\|")
         if text not in self.notes:
             self.notes.append(text)
         return self.notes.index(text) + 1
