@@ -22,7 +22,6 @@ What is unusual here:
 - The tensors of a checkpoint tell whether it is quantized. Where the configuration says otherwise, loading stops.
 """
 
-import copy
 import json
 import re
 import sys
@@ -37,7 +36,6 @@ from transformers.modeling_utils import PreTrainedModel, load_state_dict
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
-    AutoQuantizationConfig,
     register_quantization_config,
     register_quantizer,
 )
@@ -55,6 +53,7 @@ from .quantization_layers import (
     quantized_layers,
     refuse_tensor_parallelism,
 )
+from .quantization_others import check_path_of_layers, complete_settings_of_others, use_layers_of_torch
 
 
 logger = logging.get_logger(__name__)
@@ -408,56 +407,6 @@ def read_settings(value: Any) -> ChatGLMQuantizationConfig | None:
     return ChatGLMQuantizationConfig.from_dict(values) if values.get("quant_method") == QUANT_METHOD else None
 
 
-# What other methods leave as it is, unless they are told otherwise: the library itself knows of the output layer alone.
-# As patterns of whole names, of modules and of weights.
-KEPT_BY_OTHERS = [rf"(transformer\.)?{name}" for name in ("output_layer", "vision", "prefix_encoder")]
-# Where the configurations of other methods have such names: bitsandbytes, and torchao and the rest.
-KEPT_SETTINGS = ("llm_int8_skip_modules", "modules_to_not_convert")
-
-
-def complete_settings_of_others(quantization_config: Any, path_of_layers: str) -> Any:
-    """A `quantization_config` of another method, which leaves the output layer, GLM-4V's eyes and a prefix as they are.
-
-    Args:
-        quantization_config: an object or a dictionary; ours and nothing come back as they are.
-        path_of_layers: what GPTQ is told to quantize, the name of the list of layers.
-    """
-    if quantization_config is None or read_settings(quantization_config) is not None:
-        return quantization_config
-    if isinstance(quantization_config, dict):
-        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
-    completed = copy.copy(quantization_config)
-    for name in KEPT_SETTINGS:
-        if getattr(completed, name, ()) is None:
-            setattr(completed, name, list(KEPT_BY_OTHERS))
-    if completed.quant_method == "gptq" and completed.block_name_to_quantize is None:
-        completed.block_name_to_quantize = path_of_layers
-    return completed
-
-
-def check_path_of_layers(model: PreTrainedModel) -> None:
-    """Raise a `ValueError` if GPTQ is to find layers where there are none: it would leave them out without a word."""
-    settings = getattr(model.config, "quantization_config", None)
-    path = getattr(settings, "block_name_to_quantize", None)
-    if path is not None and path not in dict(model.named_modules()):
-        raise ValueError(
-            f"GPTQ quantizes `{path}`, which `{type(model).__name__}` does not have. Use a model with a head."
-        )
-
-
-def use_layers_of_torch(model: PreTrainedModel) -> None:
-    """Make the linear layers torch's own where another method is going to replace them.
-
-    bitsandbytes looks for that very class (Transformers 5.23), and would quantize nothing without a word.
-    """
-    settings = getattr(model.config, "quantization_config", None)
-    if settings is None or read_settings(settings) is not None:
-        return
-    for module in model.modules():
-        if type(module) is ChatGLMLinear:
-            module.__class__ = nn.Linear
-
-
 def is_quantized_as_asked(
     model_class: Any, asked: Any, path: Any = None, *args: Any, config: Any = None, **kwargs: Any
 ) -> bool:
@@ -548,7 +497,9 @@ class ChatGLMQuantizationMixin(PreTrainedModel):
 
     def post_init(self) -> None:
         super().post_init()
-        use_layers_of_torch(self)
+        settings = getattr(self.config, "quantization_config", None)
+        if settings is not None and read_settings(settings) is None:
+            use_layers_of_torch(self)
 
     @property
     def quantized(self) -> bool:
@@ -620,7 +571,8 @@ class ChatGLMQuantizationMixin(PreTrainedModel):
         quantization_config = take_bits(kwargs, quantization_config)
         if is_quantized_as_asked(cls, quantization_config, *args, **kwargs):
             quantization_config = None
-        quantization_config = complete_settings_of_others(quantization_config, cls.config_class.path_of_layers)
+        if quantization_config is not None and read_settings(quantization_config) is None:
+            quantization_config = complete_settings_of_others(quantization_config, cls.config_class.path_of_layers)
         return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
 
     @staticmethod

@@ -358,7 +358,7 @@ def test_other_methods_find_the_layers_of_torch(tiny_model: Any, source: Any) ->
 
 
 def test_other_methods_leave_the_output_layer_eyes_and_prefix_alone(source: Any) -> None:
-    quantization = source("quantization")
+    quantization = source("quantization_others")
     asked = BitsAndBytesConfig(load_in_8bit=True)
     completed = quantization.complete_settings_of_others(asked, "layers")
     assert asked.llm_int8_skip_modules is None and completed.load_in_8bit
@@ -371,14 +371,12 @@ def test_other_methods_leave_the_output_layer_eyes_and_prefix_alone(source: Any)
     as_dict = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     asked_as_dict = quantization.complete_settings_of_others(as_dict, "layers")
     assert asked_as_dict.llm_int8_skip_modules == completed.llm_int8_skip_modules
-    for ours in (None, {"quant_method": "chatglm", "bits": 8}):
-        assert quantization.complete_settings_of_others(ours, "layers") is ours
 
 
 def test_gptq_is_told_where_the_layers_are(source: Any, tiny_config: Any, tiny_model: Any) -> None:
     """Optimum looks for them under the names of other models, and does not write down where they were."""
     path = type(tiny_config()).path_of_layers
-    complete = source("quantization").complete_settings_of_others
+    complete = source("quantization_others").complete_settings_of_others
     asked = GPTQConfig(bits=4)
     assert complete(asked, path).block_name_to_quantize == path and asked.block_name_to_quantize is None
     own = GPTQConfig(bits=4, block_name_to_quantize="elsewhere")
@@ -388,7 +386,7 @@ def test_gptq_is_told_where_the_layers_are(source: Any, tiny_config: Any, tiny_m
         assert tiny_config(quantization_config=settings).quantization_config["block_name_to_quantize"] == path
     kept = {**stored, "block_name_to_quantize": "elsewhere"}
     assert tiny_config(quantization_config=kept).quantization_config == kept
-    check = source("quantization").check_path_of_layers
+    check = source("quantization_others").check_path_of_layers
     model = tiny_model()
     model.config.quantization_config = complete(asked, path)
     check(model)

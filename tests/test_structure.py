@@ -83,10 +83,11 @@ ARROWS: dict[str, set[str]] = {
     "modeling_positions": set(),
     "modeling_prefix": set(),
     "processing_chatglm": set(),
-    "quantization": {"linear_cpu", "quantization_kernels", "quantization_layers"},
+    "quantization": {"linear_cpu", "quantization_kernels", "quantization_layers", "quantization_others"},
     "quantization_cpu": {"kernels_llvm"},
     "quantization_kernels": {"kernels_llvm", "kernels_matmul", "quantization_cpu", "quantization_triton"},
     "quantization_layers": {"quantization_kernels"},
+    "quantization_others": {"linear_cpu"},
     "quantization_triton": set(),
     "tokenization_chatglm": {
         "configuration_chatglm",
