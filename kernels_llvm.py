@@ -48,10 +48,15 @@ CPU = torch.device("cpu")
 # Rows of the weight, and at most of the input, that are multiplied at a time. More would not fit into the registers.
 WEIGHT_ROWS = 4
 INPUT_ROWS = 4
-# Rows of the weight that a thread takes at a time.
-TASK_ROWS = 64
 # How far ahead of what is multiplied a row of the weight is asked for, in bytes.
 PREFETCH_BYTES = 2048
+# The same two, measured on a Zen 4 processor, for one row of input, whose kernels wait for memory alone: of weights
+# that are multiplied as they are, or converted first.
+PLAIN_STREAMS = (4, 1024)
+CONVERTED_STREAMS = (8, 1536)
+# Rows of the weight that a thread takes at a time: within these bounds, so many that each takes some four times.
+LEAST_TASK_ROWS, MOST_TASK_ROWS = 32, 128
+TASKS_PER_THREAD = 4
 # Processors that have these have 32 registers of 64 bytes; others that kernels are for have 16 of 32 bytes.
 WIDE_FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
@@ -194,10 +199,9 @@ class Program:
         return self.builder.extract_element(floats, self.constant(0))
 
     def prefetch(self, address: Any) -> None:
-        """Ask for 64 bytes that are read soon, into the second cache: those that are some way behind an address."""
+        """Ask for 64 bytes that are read soon, into the second cache."""
         options = (self.constant(option, INT32) for option in (0, 2, 1))  # to read, second cache, data
-        place = self.pointer(self.sum(address, PREFETCH_BYTES))
-        self.call("llvm.prefetch.p0", ir.VoidType(), place, *options)
+        self.call("llvm.prefetch.p0", ir.VoidType(), self.pointer(address), *options)
 
     def multiply_add(self, one: Any, other: Any, total: Any) -> Any:
         """`one * other + total` of floats, rounded once."""
@@ -238,20 +242,20 @@ class TasksProgram(Program):
 
     Args:
         arguments: names of those integers; tensors are given by their addresses.
-        step: how many numbers a thread takes at a time.
+        step: how many numbers a thread takes at a time, or the name of that.
         total: the name of how many there are.
     """
 
-    def __init__(self, arguments: tuple[str, ...], step: int, total: str) -> None:
+    def __init__(self, arguments: tuple[str, ...], step: int | str, total: str) -> None:
         super().__init__(1)
         (address,) = self.function.args
         self.arguments = {name: self.load(self.sum(address, 8 * place), INT64) for place, name in enumerate(arguments)}
         self.begin()
-        builder = self.builder
+        builder, step = self.builder, self.constant(step) if isinstance(step, int) else self.arguments[step]
         take, work, done = (self.function.append_basic_block() for _ in range(3))
         builder.branch(take)
         builder.position_at_end(take)
-        first = builder.atomic_rmw("add", self.pointer(address), self.constant(step), "monotonic")
+        first = builder.atomic_rmw("add", self.pointer(address), step, "monotonic")
         builder.cbranch(builder.icmp_signed("<", first, self.arguments[total]), work, done)
         builder.position_at_end(work)
         self.work(first)
@@ -270,8 +274,8 @@ class TasksProgram(Program):
 class RowsProgram(TasksProgram):
     """A function that multiplies with a few rows of a weight at a time, until the threads have taken all of them.
 
-    A thread goes through its rows in four places at once, each a quarter of them behind the one before. Memory sends
-    that up to 1.7 times as fast as four rows beside each other, which are in the same page where they are short.
+    A thread goes through its rows in several places at once, each as many of them behind the one before. Memory sends
+    that up to 1.7 times as fast as rows beside each other, which are in the same page where they are short.
 
     What would be a row behind the last one is the last one again: nothing is read that is not the weight's.
 
@@ -279,25 +283,32 @@ class RowsProgram(TasksProgram):
         arguments: names of what follows the common arguments.
         dtype: of the bias and of the output, float16 or bfloat16.
         input_rows: rows of the input that are multiplied at a time.
+        converts: whether the weight's numbers have to be converted before they are multiplied.
     """
 
     # Two rows of a bias are `bias_step` bytes apart: none, without a bias.
-    common_arguments = ("next_row", "out_features", "num_rows", "output", "bias", "bias_step", "weight", "row_bytes")
+    common_arguments = (
+        "next_row", "task_rows", "out_features", "num_rows", "output", "bias", "bias_step", "weight", "row_bytes",
+    )  # fmt: skip
 
-    def __init__(self, arguments: tuple[str, ...], dtype: torch.dtype, input_rows: int) -> None:
+    def __init__(self, arguments: tuple[str, ...], dtype: torch.dtype, input_rows: int, converts: bool) -> None:
         self.dtype, self.input_rows = dtype, input_rows
-        super().__init__((*self.common_arguments, *arguments), TASK_ROWS, "out_features")
+        self.weight_rows, self.prefetch_bytes = WEIGHT_ROWS, PREFETCH_BYTES
+        if input_rows == 1 and processor_has(*WIDE_FEATURES):
+            self.weight_rows, self.prefetch_bytes = CONVERTED_STREAMS if converts else PLAIN_STREAMS
+        super().__init__((*self.common_arguments, *arguments), "task_rows", "out_features")
 
     def work(self, first: Any) -> None:
-        num_rows = self.smaller(self.sum(self.arguments["out_features"], (first, -1)), self.constant(TASK_ROWS))
-        distance = self.builder.udiv(self.sum(num_rows, WEIGHT_ROWS - 1), self.constant(WEIGHT_ROWS))
+        rows_left = self.sum(self.arguments["out_features"], (first, -1))
+        num_rows = self.smaller(rows_left, self.arguments["task_rows"])
+        distance = self.builder.udiv(self.sum(num_rows, self.weight_rows - 1), self.constant(self.weight_rows))
         stop = self.sum(first, distance)
         self.loop(first, stop, 1, [], lambda row, _: self.multiply_rows(row, distance))
 
     def multiply_rows(self, row: Any, distance: Any) -> list[Any]:
         """Some rows of the weight, which are as far from each other, with all rows of the input."""
         last_row = self.sum(self.arguments["out_features"], -1)
-        rows = [self.smaller(self.sum(row, (distance, step)), last_row) for step in range(WEIGHT_ROWS)]
+        rows = [self.smaller(self.sum(row, (distance, step)), last_row) for step in range(self.weight_rows)]
 
         def multiply(input_row: Any, _: list[Any]) -> list[Any]:
             last_input_row = self.sum(self.arguments["num_rows"], -1)
@@ -310,6 +321,10 @@ class RowsProgram(TasksProgram):
     def multiply_tile(self, rows: list[Any], input_rows: list[Any]) -> None:
         """Write the products of some rows of the weight and some rows of the input."""
         raise NotImplementedError
+
+    def prefetch_ahead(self, address: Any) -> None:
+        """Ask for what is read of a row of the weight soon after what is at an address."""
+        self.prefetch(self.sum(address, self.prefetch_bytes))
 
     def weight_address(self, row: Any, *offset: Any) -> Any:
         return self.sum(self.arguments["weight"], (row, self.arguments["row_bytes"]), *offset)
@@ -459,8 +474,10 @@ def multiply_rows(
     """
     out_features, row_bytes = weight.shape[0], weight.nbytes // weight.shape[0]
     bias_address, bias_step = (NO_BIAS_ADDRESS, 0) if bias is None else (bias.data_ptr(), 2)
-    common = (out_features, num_rows, output.data_ptr(), bias_address, bias_step, weight.data_ptr(), row_bytes)
-    run_tasks(kernel, -(-out_features // TASK_ROWS), *common, *arguments)
+    task_rows = out_features // (TASKS_PER_THREAD * torch.get_num_threads())
+    task_rows = min(max(task_rows, LEAST_TASK_ROWS), MOST_TASK_ROWS)
+    common = (task_rows, out_features, num_rows, output.data_ptr(), bias_address, bias_step)
+    run_tasks(kernel, -(-out_features // task_rows), *common, weight.data_ptr(), row_bytes, *arguments)
 
 
 def count_threads(num_tasks: int) -> int:
@@ -523,7 +540,6 @@ __all__ = [
     "INT8",
     "INTS",
     "NO_BIAS_ADDRESS",
-    "WEIGHT_ROWS",
     "WIDE_FEATURES",
     "WORDS",
     "Kernel",

@@ -81,7 +81,7 @@ class FloatProgram(RowsProgram):
 
     def __init__(self, dtype: torch.dtype, input_rows: int) -> None:
         self.in_pairs = multiplies_pairs(dtype)
-        super().__init__(self.own_arguments, dtype, input_rows)
+        super().__init__(self.own_arguments, dtype, input_rows, converts=not self.in_pairs)
 
     def multiply_tile(self, rows: list[Any], input_rows: list[Any]) -> None:
         arguments = self.arguments
@@ -95,7 +95,7 @@ class FloatProgram(RowsProgram):
             changed: list[Any] = []
             for weight in weights:
                 address = self.sum(weight, (column, 2))
-                self.prefetch(address)
+                self.prefetch_ahead(address)
                 numbers = self.load_columns(address, self.dtype)
                 for x in inputs:
                     x_numbers = self.load_columns(self.sum(x, (column, number_bytes)), torch.float32)

@@ -346,7 +346,7 @@ class ProductProgram(RowsProgram):
         self.bits, self.group_size, self.scale_dtype, self.has_tail = bits, group_size, scale_dtype, has_tail
         self.in_bytes = in_bytes
         self.block_bytes = BLOCK_COLUMNS * bits // 8
-        super().__init__(self.own_arguments, dtype, input_rows)
+        super().__init__(self.own_arguments, dtype, input_rows, converts=bits == 4)
 
     def multiply_tile(self, rows: list[Any], input_rows: list[Any]) -> None:
         sums = [self.constant(0.0, FLOATS)] * (len(rows) * len(input_rows))
@@ -429,7 +429,7 @@ class ProductProgram(RowsProgram):
                 loaded = self.call("llvm.masked.load.v64i8.p0", BYTES, *where, self.constant(0, BYTES))
             else:
                 loaded = self.load(self.sum(address, start), BYTES)
-                self.prefetch(self.sum(address, start))
+                self.prefetch_ahead(self.sum(address, start))
             codes += self.split_bytes(loaded) if self.in_bytes else self.split_words(loaded)
         return codes
 
