@@ -122,7 +122,6 @@ def native_config(config: Any, dtype: Any, stop_ids: list[int]) -> Any:
         initializer_range=config.initializer_range,
         tie_word_embeddings=config.tie_word_embeddings,
         rope_parameters=rope,
-        model_file=MLX_FILE.name,
         eos_token_id=stop_ids,
         pad_token_id=config.pad_token_id,
         bos_token_id=config.bos_token_id,
@@ -267,8 +266,10 @@ def export(folder: Path, output: Path, args: argparse.Namespace) -> None:
         GenerationConfig.from_dict({**settings, **ends}).save_pretrained(output)
         shutil.copyfile(MLX_FILE, output / MLX_FILE.name)
         dtype = stored["transformer.embedding.word_embeddings.weight"].dtype
+        new_config = native_config(config, dtype, stop_ids)
+        new_config.model_file = MLX_FILE.name
         # Last, so that a folder that is not whole does not load.
-        native_config(config, dtype, stop_ids).save_pretrained(output)
+        new_config.save_pretrained(output)
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)
         raise
