@@ -13,15 +13,12 @@
 # limitations under the License.
 """What `tests/test_swift.py` has ms-swift do, in its environment: `.venv-swift/bin/python tests/swift_program.py JOBS OUT`.
 
-JOBS is a file with a JSON object of jobs by name, OUT the file for what comes of each. To import ms-swift takes longer than
-the work, so all jobs share a process.
+JOBS and OUT are those of `job_program.py`.
 """
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
+from job_program import run_jobs
 from swift import get_processor, get_template, sft_main
 
 
@@ -35,16 +32,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         [
             *("--model", job["folder"], "--model_type", job["model_type"], "--template", job["template"]),
             *("--dataset", job["dataset"], "--output_dir", job["output"], "--max_steps", str(job["steps"])),
-            *(
-                "--tuner_type",
-                "lora",
-                "--target_modules",
-                "all-linear",
-                "--torch_dtype",
-                "float32",
-                "--use_cpu",
-                "true",
-            ),
+            *("--tuner_type", "lora", "--target_modules", "all-linear", "--torch_dtype", "float32"),
+            *("--use_cpu", "true"),
             *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--learning_rate", "1e-2"),
             *("--lr_scheduler_type", "constant", "--warmup_ratio", "0", "--logging_steps", "1", "--report_to", "none"),
             *("--split_dataset_ratio", "0", "--lora_dropout", "0", "--dataloader_num_workers", "0"),
@@ -57,16 +46,5 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    jobs, out = (Path(name) for name in sys.argv[1:])
-    results = {}
-    for name, job in json.loads(jobs.read_text("utf-8")).items():
-        try:
-            results[name] = run(job)
-        except Exception as error:
-            results[name] = {"error": f"{type(error).__name__}: {error}"}
-    out.write_text(json.dumps(results), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    run_jobs(run)

@@ -17,8 +17,6 @@ It runs in its own environment, with an older Transformers: `swift_program.py` d
 """
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from engines_help import upgraded_folder
+from job_program import results_of
 from peft import PeftModel
 from transformers import AutoModel, AutoTokenizer
 
@@ -33,6 +32,7 @@ from transformers import AutoModel, AutoTokenizer
 pytestmark = pytest.mark.engines
 
 PYTHON = REPOSITORY / ".venv-swift" / "bin" / "python"
+PROGRAM = REPOSITORY / "tests" / "swift_program.py"
 # What ms-swift calls the models, and their templates.
 NAMES = {
     "chatglm2": ("chatglm2", "chatglm2"),
@@ -85,15 +85,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def results(jobs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     place = tmp_path_factory.mktemp("results")
-    jobs_file, results_file = place / "jobs.json", place / "results.json"
-    jobs_file.write_text(json.dumps(jobs), encoding="utf-8")
-    program = [str(PYTHON), str(REPOSITORY / "tests" / "swift_program.py"), str(jobs_file), str(results_file)]
     # It asks ModelScope where it is not told to ask the other hub, which is told to be offline.
-    caches = {"HF_MODULES_CACHE": str(place / "modules"), "MODELSCOPE_CACHE": str(place / "modelscope")}
-    environment = {**os.environ, **caches, "OMP_NUM_THREADS": "1", "USE_HF": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(program, cwd=place, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(json.loads(results_file.read_text("utf-8")))
+    environment = {"USE_HF": "1", "HF_HUB_OFFLINE": "1", "MODELSCOPE_CACHE": str(place / "modelscope")}
+    return results_of([PYTHON, PROGRAM], jobs, place, {"OMP_NUM_THREADS": "1", **environment}, cwd=place)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -31,6 +31,7 @@ import torch
 from conftest import REPOSITORY
 from engines_help import upgraded_folder
 from generations import RECORDED
+from job_program import results_of
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
@@ -45,6 +46,7 @@ import export_native  # noqa: E402
 
 
 PYTHON = REPOSITORY / ".venv-vllm" / "bin" / "python"
+PROGRAM = REPOSITORY / "tests" / "vllm_program.py"
 PLUGIN = REPOSITORY / "examples" / "serving" / "vllm_tool_parser.py"
 CASES = ["chatglm2", "chatglm3", "glm4"]
 FOLDERS = [case + end for case in CASES for end in ("", "-saved", "-native")]
@@ -186,14 +188,7 @@ class Jobs:
         self.jobs["chatglm1-transformers"] = {"folder": first, "settings": {"model_impl": "transformers"}}
 
     def run(self, **environment: str) -> dict[str, Any]:
-        jobs, results = self.place / "jobs.json", self.place / "results.json"
-        jobs.write_text(json.dumps(self.jobs), encoding="utf-8")
-        # A thread for each of torch's settings; what it prints is shown where it fails.
-        program = [str(PYTHON), str(REPOSITORY / "tests" / "vllm_program.py"), str(jobs), str(results)]
-        environment = {**os.environ, **ENVIRONMENT, "HF_MODULES_CACHE": str(self.place / "modules"), **environment}
-        done = subprocess.run(program, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return dict(json.loads(results.read_text("utf-8")))
+        return results_of([PYTHON, PROGRAM], self.jobs, self.place, {**ENVIRONMENT, **environment})
 
 
 @pytest.fixture(scope="module")

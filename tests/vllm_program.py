@@ -13,15 +13,11 @@
 # limitations under the License.
 """What `tests/test_vllm.py` has vLLM do, in the environment of vLLM: `.venv-vllm/bin/python tests/vllm_program.py JOBS OUT`.
 
-JOBS is a file with a JSON object of jobs by name, OUT the file for what comes of each. To start vLLM takes longer than the
-work, so all jobs share a process.
+JOBS and OUT are those of `job_program.py`.
 """
 
 import gc
 import importlib.util
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +29,7 @@ if importlib.util.find_spec("torchvision") is not None:
     for operator in ("nms", "qnms"):
         declared.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
+from job_program import run_jobs
 from PIL import Image
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
@@ -109,18 +106,14 @@ def run_parser(job: dict[str, Any]) -> list[dict[str, Any]]:
     return results
 
 
-def main() -> None:
-    jobs, out = (Path(name) for name in sys.argv[1:])
-    results = {}
-    for name, job in json.loads(jobs.read_text("utf-8")).items():
-        try:
-            results[name] = run_parser(job) if "plugin" in job else run_model(job)
-        except Exception as error:
-            results[name] = {"error": f"{type(error).__name__}: {error}"}
-        gc.collect()
-        cleanup_dist_env_and_memory()
-    out.write_text(json.dumps(results), encoding="utf-8")
+def run(job: dict[str, Any]) -> Any:
+    return run_parser(job) if "plugin" in job else run_model(job)
+
+
+def clean_up() -> None:
+    gc.collect()
+    cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":
-    main()
+    run_jobs(run, clean_up)
