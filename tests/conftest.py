@@ -179,6 +179,18 @@ def copy_code() -> Callable[[Path], None]:
 
 
 @pytest.fixture(scope="session")
+def copy_bundled(copy_code: Callable[[Path], None]) -> Callable[[str, Path], Path]:
+    """Copies a bundled checkpoint into a folder, as a user has any other: with the `.py` files in it."""
+
+    def copy(name: str, place: Path) -> Path:
+        folder = Path(shutil.copytree(REPOSITORY / "examples" / name, place / name))
+        copy_code(folder)
+        return folder
+
+    return copy
+
+
+@pytest.fixture(scope="session")
 def case_folder(tmp_path_factory: pytest.TempPathFactory, copy_code: Callable[[Path], None]) -> Callable[[str], Path]:
     """The folder of a case as a user has it: the checkpoint's files and the `.py` files. Not to be written to."""
 

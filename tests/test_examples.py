@@ -16,8 +16,8 @@
 import json
 import random
 import re
-import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,9 @@ def dialogues() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled checkpoint as a user has any other: with the `.py` files copied in."""
-    folder = tmp_path_factory.mktemp("bundled") / "tiny-chatglm3"
-    shutil.copytree(BUNDLED, folder)
-    for source in REPOSITORY.glob("*.py"):
-        shutil.copyfile(source, folder / source.name)
-    return folder
+def folder(tmp_path_factory: pytest.TempPathFactory, copy_bundled: Callable[[str, Path], Path]) -> Path:
+    """The bundled checkpoint as a user has any other."""
+    return copy_bundled(BUNDLED.name, tmp_path_factory.mktemp("bundled"))
 
 
 @pytest.fixture(scope="module")

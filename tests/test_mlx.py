@@ -98,13 +98,11 @@ def test_greedy_tokens(native: Any, ours: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["chatglm3"])
-def test_answers_of_the_bundled_checkpoint(tmp_path: Path, copy_code: Callable[[Path], None], name: str) -> None:
+def test_answers_of_the_bundled_checkpoint(
+    tmp_path: Path, copy_bundled: Callable[[str, Path], Path], name: str
+) -> None:
     """Stop tokens and text, too."""
-    bundled, folder = REPOSITORY / "examples" / f"tiny-{name}", tmp_path / "tiny"
-    folder.mkdir()
-    for file in bundled.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    copy_code(folder)
+    folder = copy_bundled(f"tiny-{name}", tmp_path)
     assert export_native.main([str(folder), str(tmp_path / "native")]) == 0
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

@@ -18,7 +18,6 @@ script call, in their order and with their arguments. Nothing in a program knows
 """
 
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,6 @@ import pytest
 import torch
 from accelerate.utils import check_device_map
 from bundled_tools import CLOUDY, WEATHER
-from conftest import REPOSITORY
 from generations import ALL_CASES, GENERATION_CASES, RECORDED, ROLE_CASES
 from peft import AutoPeftModelForCausalLM, LoraConfig, TaskType, get_peft_model
 from transformers import (
@@ -70,11 +68,9 @@ def pair(name: str, case_model: Named, case_tokenizer: Named) -> Pair:
 
 
 @pytest.fixture(scope="module")
-def bundled(tmp_path_factory: pytest.TempPathFactory, copy_code: Callable[[Path], None]) -> Pair:
+def bundled(tmp_path_factory: pytest.TempPathFactory, copy_bundled: Callable[[str, Path], Path]) -> Pair:
     """The bundled ChatGLM3, which was taught a weather tool."""
-    folder = tmp_path_factory.mktemp("clients") / "tiny"
-    shutil.copytree(REPOSITORY / "examples" / "tiny-chatglm3", folder)
-    copy_code(folder)
+    folder = copy_bundled("tiny-chatglm3", tmp_path_factory.mktemp("clients"))
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 

@@ -358,13 +358,8 @@ openai = pytest.importorskip("openai", reason="needs requirements/engines.txt: m
 
 
 @pytest.fixture(scope="module", params=["chatglm3"])
-def bundled(request: Any, tmp_path_factory: pytest.TempPathFactory, copy_code: Callable[[Path], None]) -> Path:
-    folder = tmp_path_factory.mktemp("bundled") / f"tiny-{request.param}"
-    folder.mkdir()
-    for file in (REPOSITORY / "examples" / folder.name).iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    copy_code(folder)
-    return folder
+def bundled(request: Any, tmp_path_factory: pytest.TempPathFactory, copy_bundled: Callable[[str, Path], Path]) -> Path:
+    return copy_bundled(f"tiny-{request.param}", tmp_path_factory.mktemp("bundled"))
 
 
 @pytest.fixture(scope="module")

@@ -88,13 +88,9 @@ for model in (load(full), *adapters, prefixed):
 
 @pytest.mark.grid
 def test_the_result_answers_the_same_in_a_new_process(
-    finished: dict[str, tuple[finetune.Job, str]], tmp_path: Path, copy_code: Callable[[Path], None]
+    finished: dict[str, tuple[finetune.Job, str]], tmp_path: Path, copy_bundled: Callable[[str, Path], Path]
 ) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    for file in BUNDLED.iterdir():
-        (base / file.name).write_bytes(file.read_bytes())
-    copy_code(base)
+    base = copy_bundled(BUNDLED.name, tmp_path)
     folders = [job.trainer.args.output_dir for job, _ in finished.values()]
     question = RECORDS[0]["messages"][0]["content"]
     command = [sys.executable, "-c", RELOAD, str(base), *folders, question]
