@@ -974,6 +974,26 @@ def test_a_template_of_ones_own(fresh: Callable[..., Any]) -> None:
     assert tokenizer("<|user|>") == fresh("chatglm3")("<|user|>")
 
 
+def assert_the_library_reads(tokenizer: PreTrainedTokenizerBase, answer: str, message: dict[str, Any]) -> None:
+    """With our template Transformers makes the message of the text, of its characters one by one, and of its ids."""
+    expected = {"role": "assistant", **message}
+    if calls := message.get("tool_calls"):
+        expected["tool_calls"] = [
+            {"type": "function", "function": {"name": "get_weather", "arguments": arguments}} for arguments in calls
+        ]
+    prompt = tokenizer.apply_chat_template(TOOL_CHAT[:2], add_generation_prompt=True, tokenize=False)
+    for suffix in ("", "" if answer.endswith("|>") else "<|user|>"):
+        assert tokenizer.parse_response(answer + suffix, prefix=prompt) == expected
+    parser = ResponseParser(tokenizer.response_template, prefix=prompt)
+    for character in answer:
+        parser.feed(character)
+    assert parser.finalize()[0] == expected
+    ids = tokenizer.encode_conversation(TOOL_CHAT[:2])
+    if "<|" not in answer:
+        generated = tokenizer.encode(answer, add_special_tokens=False)
+        assert tokenizer.parse_response(generated, prefix=ids) == expected
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -995,23 +1015,7 @@ def test_a_template_of_ones_own(fresh: Callable[..., Any]) -> None:
     ],
 )  # fmt: skip
 def test_the_library_reads_answers(case_tokenizer: Callable[[str], Any], answer: str, message: dict[str, Any]) -> None:
-    tokenizer = case_tokenizer("chatglm3")
-    expected = {"role": "assistant", **message}
-    if calls := message.get("tool_calls"):
-        expected["tool_calls"] = [
-            {"type": "function", "function": {"name": "get_weather", "arguments": arguments}} for arguments in calls
-        ]
-    prompt = tokenizer.apply_chat_template(TOOL_CHAT[:2], add_generation_prompt=True, tokenize=False)
-    for suffix in ("", "" if answer.endswith("|>") else "<|user|>"):
-        assert tokenizer.parse_response(answer + suffix, prefix=prompt) == expected
-    parser = ResponseParser(tokenizer.response_template, prefix=prompt)
-    for character in answer:
-        parser.feed(character)
-    assert parser.finalize()[0] == expected
-    ids = tokenizer.encode_conversation(TOOL_CHAT[:2])
-    if "<|" not in answer:
-        generated = tokenizer.encode(answer, add_special_tokens=False)
-        assert tokenizer.parse_response(generated, prefix=ids) == expected
+    assert_the_library_reads(case_tokenizer("chatglm3"), answer, message)
 
 
 def test_threads_share_a_tokenizer(fresh: Callable[..., Any]) -> None:

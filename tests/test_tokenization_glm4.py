@@ -37,10 +37,9 @@ import numpy as np
 import pytest
 import regex
 import torch
-from test_tokenization_chatglm import CONTROL_TEXTS, TOOL_CHAT, WEATHER, texts
+from test_tokenization_chatglm import CONTROL_TEXTS, TOOL_CHAT, WEATHER, assert_the_library_reads, texts
 from tokenizers.decoders import DecodeStream
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils.chat_parsing import ResponseParser
 from transformers.utils.chat_template_utils import render_jinja_template
 
 
@@ -615,18 +614,7 @@ def test_the_mask_of_answers(tokenizer: PreTrainedTokenizerBase) -> None:
     ],
 )  # fmt: skip
 def test_the_library_reads_answers(tokenizer: PreTrainedTokenizerBase, answer: str, message: dict[str, Any]) -> None:
-    expected = {"role": "assistant", **message}
-    if calls := message.get("tool_calls"):
-        expected["tool_calls"] = [
-            {"type": "function", "function": {"name": "get_weather", "arguments": arguments}} for arguments in calls
-        ]
-    prompt = tokenizer.apply_chat_template(TOOL_CHAT[:2], add_generation_prompt=True, tokenize=False)
-    for suffix in ("", "" if answer.endswith("|>") else "<|user|>"):
-        assert tokenizer.parse_response(answer + suffix, prefix=prompt) == expected
-    parser = ResponseParser(tokenizer.response_template, prefix=prompt)
-    for character in answer:
-        parser.feed(character)
-    assert parser.finalize()[0] == expected
+    assert_the_library_reads(tokenizer, answer, message)
 
 
 def test_threads_share_a_tokenizer(fresh: Callable[..., Any]) -> None:
