@@ -34,12 +34,12 @@ from .kernels_llvm import (
     INT32,
     INTS,
     Program,
+    Step,
     TasksProgram,
     can_run_kernels,
     compile_kernel,
     exchanged_lanes,
     has_kernels,
-    run_tasks,
 )
 
 
@@ -53,52 +53,66 @@ MOST_NORMED = 2**17
 BLOCK_KEYS = 256
 
 
-class NormProgram(Program):
-    """A function that computes RMSNorm (https://arxiv.org/abs/1910.07467) of rows.
+class NormProgram(TasksProgram):
+    """A function that computes a norm of rows, `weight * x / sqrt(mean(x²) + epsilon)`.
 
-    Its arguments are the addresses of the states, the weight and the output, how many rows there are, and their length.
+    That is RMSNorm (https://arxiv.org/abs/1910.07467). LayerNorm (https://arxiv.org/abs/1607.06450) takes the mean off
+    every `x` first, and adds a bias.
 
     Args:
         dtype: of the states.
-        weight_dtype: of the weight and of the output.
+        weight_dtype: of the weight, the bias and the output.
         epsilon: what is added to the mean of the squares.
+        is_layer_norm: LayerNorm instead of RMSNorm.
     """
 
     features = PROCESSOR_FEATURES
+    names = ("next_row", "num_rows", "states", "weight", "bias", "output", "length")
 
-    def __init__(self, dtype: torch.dtype, weight_dtype: torch.dtype, epsilon: float) -> None:
+    def __init__(
+        self, dtype: torch.dtype, weight_dtype: torch.dtype, epsilon: float, is_layer_norm: bool = False
+    ) -> None:
         self.dtype, self.weight_dtype, self.epsilon = dtype, weight_dtype, epsilon
-        super().__init__(5)
-        num_rows = self.function.args[3]
-        self.loop(self.constant(0), num_rows, 1, [], lambda row, _: self.norm(row))
-        self.builder.ret_void()
+        self.is_layer_norm = is_layer_norm
+        super().__init__(self.names, 1, "num_rows")
 
-    def norm(self, row: Any) -> list[Any]:
-        builder, (states, weight, output, _, length) = self.builder, self.function.args
-        start = self.sum((row, length))
-        states = self.sum(states, (start, self.dtype.itemsize))
-        output = self.sum(output, (start, self.weight_dtype.itemsize))
+    def work(self, row: Any) -> None:
+        builder, arguments, length = self.builder, self.arguments, self.arguments["length"]
+        start, nothing = self.sum((row, length)), self.constant(0)
+        states = self.sum(arguments["states"], (start, self.dtype.itemsize))
+        output = self.sum(arguments["output"], (start, self.weight_dtype.itemsize))
 
-        def add_squares(column: Any, sums: list[Any]) -> list[Any]:
-            numbers = self.load_floats(self.sum(states, (column, self.dtype.itemsize)), self.dtype, LANES)
-            return [self.multiply_add(numbers, numbers, sums[0])]
+        def load(column: Any) -> Any:
+            return self.load_floats(self.sum(states, (column, self.dtype.itemsize)), self.dtype, LANES)
 
-        (squares,) = self.loop(self.constant(0), length, LANES, [self.constant(0.0, FLOATS)], add_squares)
-        total = self.add_lanes(squares)
-        mean = builder.fdiv(total, builder.sitofp(length, total.type))
-        variance = builder.fadd(mean, self.constant(self.epsilon, total.type))
-        root = self.call("llvm.sqrt.f32", total.type, variance)
-        factor = self.spread(builder.fdiv(self.constant(1.0, total.type), root), LANES)
+        def mean_of(value: Callable[[Any], Any]) -> Any:
+            def add(column: Any, sums: list[Any]) -> list[Any]:
+                return [builder.fadd(sums[0], value(load(column)))]
+
+            (lanes,) = self.loop(nothing, length, LANES, [self.constant(0.0, FLOATS)], add)
+            return builder.fdiv(self.add_lanes(lanes), builder.sitofp(length, FLOATS.element))
+
+        mean = self.spread(mean_of(lambda numbers: numbers), LANES) if self.is_layer_norm else None
+
+        def center(numbers: Any) -> Any:
+            return numbers if mean is None else builder.fsub(numbers, mean)
+
+        variance = mean_of(lambda numbers: builder.fmul(center(numbers), center(numbers)))
+        variance = builder.fadd(variance, self.constant(self.epsilon, variance.type))
+        root = self.call("llvm.sqrt.f32", variance.type, variance)
+        factor = self.spread(builder.fdiv(self.constant(1.0, root.type), root), LANES)
 
         def scale(column: Any, _: list[Any]) -> list[Any]:
-            numbers = self.load_floats(self.sum(states, (column, self.dtype.itemsize)), self.dtype, LANES)
             place = (column, self.weight_dtype.itemsize)
-            weights = self.load_floats(self.sum(weight, place), self.weight_dtype, LANES)
-            normed = builder.fmul(builder.fmul(numbers, factor), weights)
+            weights = self.load_floats(self.sum(arguments["weight"], place), self.weight_dtype, LANES)
+            normed = builder.fmul(builder.fmul(center(load(column)), factor), weights)
+            if self.is_layer_norm:
+                bias = self.load_floats(self.sum(arguments["bias"], place), self.weight_dtype, LANES)
+                normed = builder.fadd(normed, bias)
             self.store_rounded(normed, self.sum(output, place), self.weight_dtype)
             return []
 
-        return self.loop(self.constant(0), length, LANES, [], scale)
+        self.loop(nothing, length, LANES, [], scale)
 
 
 # Asked once: without kernels a token should cost no more than torch's operators.
@@ -123,7 +137,7 @@ def norm_rows(states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tor
     Returns:
         `[..., length]`, or `None` where no kernel computes it.
     """
-    if not HAS_KERNELS or not can_run_kernels(states, weight):
+    if torch.compiler.is_compiling() or not HAS_KERNELS or not can_run_kernels(states, weight):
         return None
     length = weight.shape[0]
     is_known = states.dtype in FLOAT_DTYPES and weight.dtype in FLOAT_DTYPES and states.shape[-1] == length
@@ -131,14 +145,11 @@ def norm_rows(states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tor
         return None
     if not states.is_contiguous() or not weight.is_contiguous():
         return None
-    kernel, addresses = (
-        compile_kernel(NormProgram, states.dtype, weight.dtype, epsilon),
-        find_addresses(states, weight),
-    )
-    if kernel is None or addresses is None:
+    kernel = compile_kernel(NormProgram, states.dtype, weight.dtype, epsilon)
+    if kernel is None or (addresses := find_addresses(states, weight)) is None:
         return None
     output = torch.empty_like(states, dtype=weight.dtype)
-    kernel.run(*addresses, output.data_ptr(), states.numel() // length, length)
+    Step(kernel, states.numel() // length, *addresses, 0, output.data_ptr(), length).run(1)
     return output
 
 
@@ -362,7 +373,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
     Returns:
         `[batch, 1, heads * head_dim]`, or `None` where no kernel computes it.
     """
-    if not HAS_KERNELS or not can_run_kernels(query, key):
+    if torch.compiler.is_compiling() or not HAS_KERNELS or not can_run_kernels(query, key):
         return None
     dtype, (batch_size, num_heads, num_queries, head_dim) = query.dtype, query.shape
     if num_queries != 1 or dtype not in FLOAT_DTYPES or head_dim % LANES != 0:
@@ -386,7 +397,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
     keys = (addresses[1], key_distance, key.stride(2) * key.itemsize)
     values = (addresses[2], value_distance, value.stride(2) * value.itemsize)
     places = (memory.data_ptr(), query.data_ptr(), output.data_ptr())
-    run_tasks(kernel, num_tasks, num_tasks, num_keys, num_places, *places, *keys, *values)
+    Step(kernel, num_tasks, num_keys, num_places, *places, *keys, *values).run(num_tasks)
     return output
 
 

@@ -163,10 +163,23 @@ class Program:
         elif dtype == torch.float16:
             self.store(builder.fptrunc(value, half), address)
         else:
-            bits, half_less_one = builder.bitcast(value, word), self.constant(0x7FFF, word)
-            is_odd = builder.and_(builder.lshr(bits, self.constant(16, word)), self.constant(1, word))
-            bits = builder.add(builder.add(bits, half_less_one), is_odd)
+            bits = self.bfloat_bits(value, word)
             self.store(builder.trunc(builder.lshr(bits, self.constant(16, word)), short), address)
+
+    def bfloat_bits(self, value: Any, kind: Any) -> Any:
+        """The bits of float32 numbers, as integers, whose first 16 are those of the nearest bfloat16."""
+        builder, bits = self.builder, self.builder.bitcast(value, kind)
+        is_odd = builder.and_(builder.lshr(bits, self.constant(16, kind)), self.constant(1, kind))
+        return builder.add(builder.add(bits, self.constant(0x7FFF, kind)), is_odd)
+
+    def round_floats(self, floats: Any, dtype: torch.dtype) -> Any:
+        """A vector of float32, each the nearest that a dtype of 16 bits has."""
+        builder, lanes = self.builder, floats.type.count
+        if dtype == torch.float16:
+            return builder.fpext(builder.fptrunc(floats, ir.VectorType(HALF, lanes)), floats.type)
+        ints = ir.VectorType(INT32, lanes)
+        bits = builder.and_(self.bfloat_bits(floats, ints), self.constant(-(2**16), ints))
+        return builder.bitcast(bits, floats.type)
 
     def sum(self, *terms: Any) -> Any:
         """The sum of addresses, indices and Python numbers; a pair of terms is multiplied first."""
@@ -271,6 +284,33 @@ class TasksProgram(Program):
         raise NotImplementedError
 
 
+class SequenceProgram(Program):
+    """A function that runs many [`TasksProgram`]s in the same threads, each when all threads are done with the one before.
+
+    Its argument is the address of 64-bit integers: how many programs there are, and for each the addresses of its code
+    and of its own argument, where what counts its tasks is set back.
+
+    Args:
+        barrier: the address of `GOMP_barrier()`, where a thread waits for the others.
+    """
+
+    def __init__(self, barrier: int) -> None:
+        super().__init__(1)
+        builder, (table,) = self.builder, self.function.args
+        nothing, one_address = ir.FunctionType(ir.VoidType(), []), ir.FunctionType(ir.VoidType(), [INT64])
+
+        def run(number: Any, _: list[Any]) -> list[Any]:
+            place = self.sum(table, 8, (number, 16))
+            argument = self.load(self.sum(place, 8), INT64)
+            builder.call(builder.inttoptr(self.load(place, INT64), one_address.as_pointer()), [argument])
+            builder.call(builder.inttoptr(self.constant(barrier), nothing.as_pointer()), [])
+            self.store(self.constant(0), argument)
+            return []
+
+        self.loop(self.constant(0), self.load(table, INT64), 1, [], run)
+        builder.ret_void()
+
+
 class RowsProgram(TasksProgram):
     """A function that multiplies with a few rows of a weight at a time, until the threads have taken all of them.
 
@@ -361,16 +401,21 @@ class Kernel:
         engine.detach()
 
 
+def load_openmp_function(name: str) -> Any:
+    """A function of the OpenMP library that torch uses, or `None`."""
+    try:
+        return getattr(ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")), name)
+    except (OSError, AttributeError):
+        return None
+
+
 @cache
 def load_openmp() -> Callable[..., None] | None:
     """`GOMP_parallel(function, argument, num_threads, flags)` of the OpenMP library that torch uses, if any."""
-    try:
-        library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
-        parallel = library.GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    parallel.restype = None
+    parallel = load_openmp_function("GOMP_parallel")
+    if parallel is not None:
+        parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        parallel.restype = None
     return parallel
 
 
@@ -455,15 +500,53 @@ def can_add_bias(bias: torch.Tensor | None, x: torch.Tensor, weight: torch.Tenso
     )
 
 
-def multiply_rows(
+def count_threads(num_tasks: int) -> int:
+    """In how many of torch's threads tasks are run.
+
+    A forked process inherits the note that those threads exist, but not the threads, and would wait for them forever.
+    """
+    num_threads = min(torch.get_num_threads(), num_tasks)
+    is_alone = num_threads == 1 or load_openmp() is None or openmp_process not in (None, os.getpid())
+    return 1 if is_alone else num_threads
+
+
+def run_in_threads(kernel: Kernel, shared: "array[int]", num_threads: int) -> None:
+    """Run a program in several of torch's threads at once, or in this one alone."""
+    global openmp_process
+    address, _ = shared.buffer_info()
+    parallel = load_openmp()
+    if num_threads == 1 or parallel is None:
+        kernel.run(address)
+        return
+    openmp_process = os.getpid()
+    parallel(kernel.address, address, num_threads, 0)
+
+
+class Step:
+    """A [`TasksProgram`] with its arguments.
+
+    Args:
+        kernel: the program.
+        arguments: all but the first.
+    """
+
+    def __init__(self, kernel: Kernel, *arguments: int) -> None:
+        self.kernel, self.arguments = kernel, array("Q", (0, *arguments))
+
+    def run(self, num_tasks: int) -> None:
+        """Run it once, in no more threads than there are tasks, which is how often a thread can take something."""
+        run_in_threads(self.kernel, self.arguments, count_threads(num_tasks))
+
+
+def rows_step(
     kernel: Kernel,
     num_rows: int,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     output: torch.Tensor,
     *arguments: int,
-) -> None:
-    """Run a [`RowsProgram`].
+) -> tuple[Step, int]:
+    """A step of a [`RowsProgram`], and how many tasks it has.
 
     Args:
         num_rows: rows of the input.
@@ -477,35 +560,28 @@ def multiply_rows(
     task_rows = out_features // (TASKS_PER_THREAD * torch.get_num_threads())
     task_rows = min(max(task_rows, LEAST_TASK_ROWS), MOST_TASK_ROWS)
     common = (task_rows, out_features, num_rows, output.data_ptr(), bias_address, bias_step)
-    run_tasks(kernel, -(-out_features // task_rows), *common, weight.data_ptr(), row_bytes, *arguments)
+    return Step(kernel, *common, weight.data_ptr(), row_bytes, *arguments), -(-out_features // task_rows)
 
 
-def count_threads(num_tasks: int) -> int:
-    """In how many of torch's threads tasks are run.
+class Steps:
+    """Steps that are run one after the other, all by one call, in as many threads as torch has."""
 
-    A forked process inherits the note that those threads exist, but not the threads, and would wait for them forever.
-    """
-    num_threads = min(torch.get_num_threads(), num_tasks)
-    is_alone = num_threads == 1 or load_openmp() is None or openmp_process not in (None, os.getpid())
-    return 1 if is_alone else num_threads
+    def __init__(self, kernel: Kernel, steps: list[Step]) -> None:
+        self.kernel, self.steps = kernel, steps
+        addresses = [(step.kernel.address, step.arguments.buffer_info()[0]) for step in steps]
+        self.table = array("Q", (len(steps), *(address for pair in addresses for address in pair)))
+
+    def run(self) -> None:
+        run_in_threads(self.kernel, self.table, count_threads(torch.get_num_threads()))
 
 
-def run_tasks(kernel: Kernel, num_tasks: int, *arguments: int) -> None:
-    """Run a [`TasksProgram`] in several of torch's threads at once, or in this one alone.
-
-    Args:
-        num_tasks: how often a thread can take something.
-        arguments: all but the first.
-    """
-    global openmp_process
-    shared = array("Q", (0, *arguments))
-    address, _ = shared.buffer_info()
-    num_threads, parallel = count_threads(num_tasks), load_openmp()
-    if num_threads == 1 or parallel is None:
-        kernel.run(address)
-        return
-    openmp_process = os.getpid()
-    parallel(kernel.address, address, num_threads, 0)
+def join_steps(steps: list[Step]) -> Steps | None:
+    """Steps in a row, where torch's OpenMP library lets threads wait for each other."""
+    barrier = load_openmp_function("GOMP_barrier")
+    if barrier is None:
+        return None
+    kernel = compile_kernel(SequenceProgram, ctypes.cast(barrier, ctypes.c_void_p).value)
+    return None if kernel is None else Steps(kernel, steps)
 
 
 def own_name(name: str) -> str:
@@ -545,6 +621,8 @@ __all__ = [
     "Kernel",
     "Program",
     "RowsProgram",
+    "Step",
+    "Steps",
     "TasksProgram",
     "ask_for_large_pages",
     "can_add_bias",
@@ -554,9 +632,9 @@ __all__ = [
     "exchanged_lanes",
     "has_kernels",
     "is_exporting",
-    "multiply_rows",
+    "join_steps",
     "own_name",
     "processor_has",
     "rows_at_a_time",
-    "run_tasks",
+    "rows_step",
 ]

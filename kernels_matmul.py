@@ -38,12 +38,12 @@ from .kernels_llvm import (
     NO_BIAS_ADDRESS,
     Kernel,
     Program,
+    Step,
     TasksProgram,
     can_add_bias,
     compile_kernel,
     count_threads,
     exchanged_lanes,
-    run_tasks,
 )
 
 
@@ -324,14 +324,14 @@ def multiply_matrices(
     for rows, target in zip(x.contiguous().split(INPUT_ROWS), output.split(INPUT_ROWS)):
         num_tiles = -(-len(rows) // tile_rows)
         packed = x.new_empty((num_tiles, in_features, tile_rows), dtype=torch.bfloat16)
-        run_tasks(packing, num_tiles, num_tiles, rows.data_ptr(), len(rows), in_features, packed.data_ptr())
+        Step(packing, num_tiles, rows.data_ptr(), len(rows), in_features, packed.data_ptr()).run(num_tiles)
         memory_bytes = 2 * PANEL_ROWS * PANEL_COLUMNS + 4 * PANEL_ROWS * tile_rows * num_tiles
         memory = torch.empty((num_threads, memory_bytes), dtype=torch.uint8)
         own_memory = (0, memory.data_ptr(), memory_bytes)
         weights = (weight.data_ptr(), weight.nbytes // out_features, *scales)
         inputs = (packed.data_ptr(), num_tiles, in_features)
         outputs = (target.data_ptr(), len(rows), *own_bias)
-        run_tasks(product, -(-out_features // PANEL_ROWS), out_features, *own_memory, *weights, *inputs, *outputs)
+        Step(product, out_features, *own_memory, *weights, *inputs, *outputs).run(-(-out_features // PANEL_ROWS))
     return output
 
 

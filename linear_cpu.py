@@ -40,10 +40,10 @@ from .kernels_llvm import (
     can_run_kernels,
     compile_kernel,
     has_kernels,
-    multiply_rows,
     own_name,
     processor_has,
     rows_at_a_time,
+    rows_step,
 )
 from .kernels_matmul import find_matmul, multiply_matrices
 
@@ -187,7 +187,9 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
     numbers = (x if multiplies_pairs(x.dtype) else x.float()).contiguous()
     out_features, in_features = weight.shape
     output = weight.new_empty((*x.shape[:-1], out_features))
-    multiply_rows(kernel, x.numel() // in_features, weight, bias, output, numbers.data_ptr(), in_features)
+    num_rows = x.numel() // in_features
+    step, num_tasks = rows_step(kernel, num_rows, weight, bias, output, numbers.data_ptr(), in_features)
+    step.run(num_tasks)
     return output
 
 

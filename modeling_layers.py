@@ -60,13 +60,13 @@ class ChatGLMRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight: torch.Tensor = self.weight
-        dtype, is_compiling = weight.dtype, torch.compiler.is_compiling()
-        if not is_compiling and (normed := norm_rows(hidden_states, weight, self.variance_epsilon)) is not None:
+        dtype = weight.dtype
+        if (normed := norm_rows(hidden_states, weight, self.variance_epsilon)) is not None:
             return normed
         # Tensors of other classes are traced: a constant that was made for them would be kept for all.
         is_plain = type(hidden_states) is torch.Tensor and hidden_states.device.type == "cpu"
         # In training `F.rms_norm` keeps less for the gradient.
-        if torch.is_grad_enabled() or not is_plain or dtype == torch.float64 or is_compiling:
+        if torch.is_grad_enabled() or not is_plain or dtype == torch.float64 or torch.compiler.is_compiling():
             weight = weight.to(hidden_states.dtype)
             # The residual stream may be float32 while the layers compute in half precision.
             return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon).to(dtype)
@@ -313,8 +313,7 @@ class ChatGLMAttention(nn.Module):
         )
         # One token on a CPU: the kernel stands for torch's, which takes several times as long as reading the cache.
         if attention_mask is None and attention_interface is sdpa_attention_forward and "cache" not in kwargs:
-            is_compiling = torch.compiler.is_compiling()
-            attended = None if is_compiling else attend(query_states, key_states, value_states, self.scaling)
+            attended = attend(query_states, key_states, value_states, self.scaling)
             if attended is not None:
                 return self.dense(attended), None
         module: Any = self

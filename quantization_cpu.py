@@ -46,10 +46,12 @@ from .kernels_llvm import (
     Kernel,
     Program,
     RowsProgram,
+    Step,
+    TasksProgram,
     compile_kernel,
-    multiply_rows,
     processor_has,
     rows_at_a_time,
+    rows_step,
 )
 
 
@@ -66,8 +68,10 @@ FLOAT_DTYPES = (*HALF_DTYPES, torch.float32)
 PROCESSOR_FEATURES = ("avx2", "fma", "f16c")
 # What multiplying bytes needs.
 BYTES_FEATURES = (*WIDE_FEATURES, "avx512vnni")
-# Columns of the input that share a scale, as 16-bit numbers in four vectors of 64 bytes.
+# Columns of the input that share a scale, as 16-bit numbers in four vectors of 64 bytes; and how many such blocks a
+# thread takes at a time.
 BLOCK_COLUMNS = 128
+ROUNDED_BLOCKS = 16
 # The largest fixed-point number is 127 * 256 + 127: both its bytes have a sign. The smallest scale is the smallest
 # normal float, whose inverse is still finite.
 LARGEST_FIXED_POINT = 32639
@@ -247,11 +251,10 @@ def add_byte_products(program: Program, sums: Any, unsigned: Any, signed: Any) -
     return program.call("llvm.x86.avx512.vpdpbusd.512", INTS, sums, *pair)
 
 
-class RoundingProgram(Program):
-    """A function that rounds blocks of the input to fixed point.
+class RoundingProgram(TasksProgram):
+    """A function that rounds blocks of the input, float16 or bfloat16, to fixed point.
 
-    Its arguments are the addresses of `x` (float16 or bfloat16), of its fixed-point numbers and of their scales, and
-    the number of blocks. The 128 numbers of a block are ordered as the codes of a weight come out of their bytes.
+    The 128 numbers of a block are ordered as the codes of a weight come out of their bytes.
 
     With bytes, `256 * high + low` is a number: 128 high bytes come first, then 128 low ones, both from -128 to 127.
     As the processor wants bytes without sign from the other side, codes are multiplied as `code + 8`. What their sums
@@ -261,13 +264,16 @@ class RoundingProgram(Program):
     features = PROCESSOR_FEATURES
 
     def __init__(self, dtype: torch.dtype, bits: int, in_bytes: bool) -> None:
-        super().__init__(4)
         self.dtype, self.bits, self.in_bytes = dtype, bits, in_bytes
-        self.loop(self.constant(0), self.function.args[3], 1, [], self.round_block)
-        self.builder.ret_void()
+        super().__init__(("next_block", "num_blocks", "x", "planes", "scales"), ROUNDED_BLOCKS, "num_blocks")
+
+    def work(self, first: Any) -> None:
+        stop = self.smaller(self.sum(first, ROUNDED_BLOCKS), self.arguments["num_blocks"])
+        self.loop(first, stop, 1, [], self.round_block)
 
     def round_block(self, block: Any, _: list[Any]) -> list[Any]:
-        builder, (x, planes, scales, _) = self.builder, self.function.args
+        builder = self.builder
+        x, planes, scales = (self.arguments[name] for name in ("x", "planes", "scales"))
         ints, floats = self.vector(INT32, BLOCK_COLUMNS), self.vector(FLOAT, BLOCK_COLUMNS)
         smallest, not_a_number = self.constant(SMALLEST_SCALE, FLOAT), self.constant(float("nan"), FLOAT)
         numbers = self.load_floats(self.sum(x, (block, 2 * BLOCK_COLUMNS)), self.dtype, BLOCK_COLUMNS)
@@ -499,6 +505,44 @@ def find_kernels(
     return None if rounding is None or product is None else (rounding, product)
 
 
+def count_rounded_bytes(num_rows: int, in_features: int) -> tuple[int, int]:
+    """Bytes that an input takes in fixed point, of any kind, and those of its scales, which are behind them."""
+    num_blocks = num_rows * -(-in_features // BLOCK_COLUMNS)
+    return num_blocks * plane_bytes(in_bytes=True), 4 * num_blocks
+
+
+def make_steps(
+    x: torch.Tensor,
+    in_features: int,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    rounded: torch.Tensor,
+    kernels: tuple[Kernel, Kernel],
+) -> tuple[Step, Step, int]:
+    """The steps that write `x @ (code * scale)^T + bias`, and how many tasks the last one has.
+
+    Args:
+        x: `[rows, columns]`, contiguous, with zeros behind the last column up to a whole block.
+        in_features: columns of the weight.
+        output: `[rows, out]`.
+        rounded: uint8 with as many bytes as `count_rounded_bytes` says.
+        kernels: what `find_kernels` found.
+    """
+    (num_rows, num_columns), (out_features, row_bytes) = x.shape, weight.shape
+    num_blocks = num_columns // BLOCK_COLUMNS
+    planes, (plane_size, _) = rounded.data_ptr(), count_rounded_bytes(num_rows, num_columns)
+    blocks = (planes, planes + plane_size)
+    rounding, product = kernels
+    # One bit for each byte of the last block.
+    mask = (1 << (row_bytes - (num_blocks - 1) * BLOCK_COLUMNS * row_bytes // in_features)) - 1
+    scales = (weight_scale.data_ptr(), weight_scale.numel() // out_features)
+    masks = (mask & (2**64 - 1), mask >> 64)
+    multiplying, num_tasks = rows_step(product, num_rows, weight, bias, output, *scales, *blocks, num_blocks, *masks)
+    return Step(rounding, num_rows * num_blocks, x.data_ptr(), *blocks), multiplying, num_tasks
+
+
 def multiply_by_kernels(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -507,29 +551,27 @@ def multiply_by_kernels(
     kernels: tuple[Kernel, Kernel],
 ) -> torch.Tensor:
     """`x @ (code * scale)^T + bias` by what `find_kernels` found, `[rows, in]` -> `[rows, out]`."""
-    (num_rows, in_features), (out_features, row_bytes) = x.shape, weight.shape
-    num_blocks = -(-in_features // BLOCK_COLUMNS)
-    if in_features % BLOCK_COLUMNS != 0:
-        x = F.pad(x, (0, -in_features % BLOCK_COLUMNS))
-    x = x.contiguous()
-    rounding, product = kernels
-    # The scales are behind the planes, of any kind: an allocation for both takes less time than two.
-    num_bytes = num_rows * num_blocks * plane_bytes(in_bytes=True)
-    rounded = torch.empty(num_bytes + 4 * num_rows * num_blocks, dtype=torch.uint8)
-    planes = rounded.data_ptr()
-    output = torch.empty((num_rows, out_features), dtype=x.dtype)
-    rounding.run(x.data_ptr(), planes, planes + num_bytes, num_rows * num_blocks)
-    # One bit for each byte of the last block.
-    mask = (1 << (row_bytes - (num_blocks - 1) * BLOCK_COLUMNS * row_bytes // in_features)) - 1
-    scales = (weight_scale.data_ptr(), weight_scale.numel() // out_features)
-    blocks = (planes, planes + num_bytes, num_blocks)
-    multiply_rows(product, num_rows, weight, bias, output, *scales, *blocks, mask & (2**64 - 1), mask >> 64)
+    num_rows, in_features = x.shape
+    x = (
+        F.pad(x, (0, -in_features % BLOCK_COLUMNS)).contiguous()
+        if in_features % BLOCK_COLUMNS != 0
+        else x.contiguous()
+    )
+    # An allocation for the numbers and their scales takes less time than two.
+    rounded = torch.empty(sum(count_rounded_bytes(num_rows, in_features)), dtype=torch.uint8)
+    output = torch.empty((num_rows, weight.shape[0]), dtype=x.dtype)
+    rounding, multiplying, num_tasks = make_steps(x, in_features, weight, weight_scale, bias, output, rounded, kernels)
+    rounding.run(1)
+    multiplying.run(num_tasks)
     return output
 
 
 __all__ = [
+    "BLOCK_COLUMNS",
     "can_pack_int4",
+    "count_rounded_bytes",
     "find_kernels",
+    "make_steps",
     "multiply_by_kernels",
     "multiply_int8",
     "multiply_many_rows",

@@ -170,7 +170,7 @@ def test_inputs_are_rounded_as_by_the_twin(
     x = x.to(dtype)
     planes, scales = torch.empty(len(x), 2, cpu.plane_bytes(in_bytes), dtype=torch.int8), torch.empty(len(x), 2)
     kernel = cpu.compile_kernel(cpu.RoundingProgram, dtype, bits, in_bytes)
-    kernel.run(x.data_ptr(), planes.data_ptr(), scales.data_ptr(), 2 * len(x))
+    cpu.Step(kernel, 2 * len(x), x.data_ptr(), planes.data_ptr(), scales.data_ptr()).run(1)
     numbers, expected_scales = kernels.round_to_fixed_point(x)
     torch.testing.assert_close(scales, expected_scales[..., 0], rtol=0, atol=0, equal_nan=True)
     ordered = numbers[..., cpu.plane_columns(bits, in_bytes)]
