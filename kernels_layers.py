@@ -401,4 +401,4 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
     return output
 
 
-__all__ = ["attend", "norm_rows"]
+__all__ = ["AttentionProgram", "NormProgram", "attend", "exponential", "norm_rows"]

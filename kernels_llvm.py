@@ -563,6 +563,10 @@ def rows_step(
     return Step(kernel, *common, weight.data_ptr(), row_bytes, *arguments), -(-out_features // task_rows)
 
 
+# Gives memory of a shape and a dtype, which is free until the same is asked for again.
+Scratch = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+
+
 class Steps:
     """Steps that are run one after the other, all by one call, in as many threads as torch has."""
 
@@ -616,11 +620,13 @@ __all__ = [
     "INT8",
     "INTS",
     "NO_BIAS_ADDRESS",
+    "PLAIN_TENSORS",
     "WIDE_FEATURES",
     "WORDS",
     "Kernel",
     "Program",
     "RowsProgram",
+    "Scratch",
     "Step",
     "Steps",
     "TasksProgram",

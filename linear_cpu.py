@@ -31,11 +31,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .kernels_decoding import ConvertingProgram
 from .kernels_llvm import (
     BFLOATS,
     FLOATS,
     Kernel,
     RowsProgram,
+    Scratch,
+    Step,
     can_add_bias,
     can_run_kernels,
     compile_kernel,
@@ -225,6 +228,22 @@ class ChatGLMLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
+
+    def find_steps(self, x: torch.Tensor, output: torch.Tensor, scratch: Scratch) -> list[Step] | None:
+        """The steps that compute this layer, `[rows, in]` -> `[rows, out]`, if kernels do."""
+        kernel = find_kernel(x, self.weight, self.bias)
+        if kernel is None:
+            return None
+        num_rows, in_features = x.shape
+        steps, numbers = [], x
+        if not multiplies_pairs(x.dtype):
+            numbers = scratch((num_rows, in_features), torch.float32)
+            converting = compile_kernel(ConvertingProgram, x.dtype)
+            if converting is None:
+                return None
+            steps.append(Step(converting, x.numel(), 1, x.data_ptr(), numbers.data_ptr()))
+        step, _ = rows_step(kernel, num_rows, self.weight, self.bias, output, numbers.data_ptr(), in_features)
+        return [*steps, step]
 
 
 __all__ = ["ChatGLMLinear"]

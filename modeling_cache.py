@@ -45,28 +45,35 @@ def is_front_of(held: torch.Tensor, room: torch.Tensor | None) -> bool:
     )
 
 
-def append(
-    held: torch.Tensor, room: torch.Tensor | None, new: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Put `new` behind `held`, both `[batch, heads, tokens, head_dim]`.
+def make_room(held: torch.Tensor, room: torch.Tensor | None, num_new: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Put places for new tokens, with anything in them, behind `held`, `[batch, heads, tokens, head_dim]`.
 
     Args:
-        held: what is there, of any shape if there is nothing yet.
+        held: what is there.
         room: what an earlier call returned.
-        new: what comes behind it.
+        num_new: how many tokens come.
 
     Returns:
         All of it, and the memory that it is the front of.
     """
-    num_held = held.shape[-2] if held.numel() > 0 else 0
-    num_tokens = num_held + new.shape[-2]
+    num_held = held.shape[-2]
+    num_tokens = num_held + num_new
     if not is_front_of(held, room) or room is None or room.shape[-2] < num_tokens:
         num_places = num_tokens + max(num_tokens // SHARE_OF_ROOM, LEAST_ROOM)
-        room = new.new_empty((*new.shape[:2], num_places, new.shape[-1]))
+        room = held.new_empty((*held.shape[:2], num_places, held.shape[-1]))
         if num_held > 0:
             room[:, :, :num_held].copy_(held)
-    room[:, :, num_held:num_tokens].copy_(new)
-    return room[:, :, :num_tokens], room
+    return room.narrow(2, 0, num_tokens), room
+
+
+def append(
+    held: torch.Tensor, room: torch.Tensor | None, new: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Put `new` behind `held`, which is of any shape if there is nothing yet. Returns what `make_room` does."""
+    num_new = new.shape[-2]
+    whole, room = make_room(held if held.numel() > 0 else new[:, :, :0], room, num_new)
+    whole[:, :, -num_new:].copy_(new)
+    return whole, room
 
 
 class GrowingLayer(DynamicLayer):
@@ -98,14 +105,27 @@ class GrowingLayer(DynamicLayer):
         is_plain = type(key_states) is torch.Tensor and key_states.dtype == self.dtype
         is_fixed = torch.is_grad_enabled() or torch.compiler.is_compiling()
         is_small = (self.keys.numel() + key_states.numel()) * key_states.element_size() < SMALL
-        if not is_plain or is_fixed or is_small or self.keys.shape[-2:-1] != (self.num_written,):
+        if not is_plain or is_fixed or is_small:
             self.key_room = self.value_room = None
+        self.leave_changed_room()
         if not is_plain or is_fixed or is_small:
             return super().update(key_states, value_states, *args, **kwargs)
         self.keys, self.key_room = append(self.keys, self.key_room, key_states)
         self.values, self.value_room = append(self.values, self.value_room, value_states)
         self.num_written = self.keys.shape[-2]
         return self.keys, self.values
+
+    def leave_changed_room(self) -> None:
+        """Forget the rooms if something else than this class has changed what is held."""
+        if self.keys.shape[-2:-1] != (self.num_written,):
+            self.key_room = self.value_room = None
+
+    def add_place(self) -> None:
+        """Hold one more token, whose keys and values the caller writes. The layer has to hold some already."""
+        self.leave_changed_room()
+        self.keys, self.key_room = make_room(self.keys, self.key_room, 1)
+        self.values, self.value_room = make_room(self.values, self.value_room, 1)
+        self.num_written = self.keys.shape[-2]
 
 
 def give_room(layer: DynamicLayer) -> GrowingLayer:

@@ -40,6 +40,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_chatglm import ChatGLMConfig
+from .decoding_cpu import decode
 from .kernels_layers import attend, norm_rows
 from .linear_cpu import ChatGLMLinear
 
@@ -422,9 +423,36 @@ class ChatGLMEncoder(nn.Module):
         if position_embeddings is not None:
             tables = spread_rotary_tables(*position_embeddings, self.head_dim, self.rotary_interleaved)
         # The library drafts with the first layers alone by writing fewer of them here (`assistant_early_exit`).
-        for layer in islice(self.layers, self.config.num_hidden_layers):
+        layers = list(islice(self.layers, self.config.num_hidden_layers))
+        decoded = self.decode(layers, hidden_states, tables, **kwargs)
+        if decoded is not None:
+            return self.final_layernorm(decoded)
+        for layer in layers:
             hidden_states = layer(hidden_states, position_embeddings=tables, **kwargs)
         return self.final_layernorm(hidden_states)
+
+    def decode(
+        self,
+        layers: list[nn.Module],
+        hidden_states: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor] | None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        prefix_cache: Cache | None = None,
+        position_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor | None:
+        """All layers by one call, for one token of each sequence on a CPU, where nothing is asked for but the result."""
+        is_plain = attention_mask is None and prefix_cache is None and past_key_values is not None and not kwargs
+        if not is_plain or tables is None or hidden_states.shape[1] != 1:
+            return None
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if attention_interface is not sdpa_attention_forward:
+            return None
+        return decode(self, layers, hidden_states, tables, past_key_values)
 
 
 __all__ = ["ChatGLMAttention", "ChatGLMBlock", "ChatGLMEncoder", "ChatGLMRotaryEmbedding", "eager_attention_forward"]

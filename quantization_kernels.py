@@ -36,11 +36,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .kernels_llvm import ask_for_large_pages, can_add_bias, is_exporting, own_name
+from .kernels_llvm import Scratch, Step, ask_for_large_pages, can_add_bias, is_exporting, own_name
 from .kernels_matmul import find_matmul, multiply_matrices
 from .quantization_cpu import (
+    BLOCK_COLUMNS,
     can_pack_int4,
+    count_rounded_bytes,
     find_kernels,
+    make_steps,
     multiply_by_kernels,
     multiply_int8,
     multiply_many_rows,
@@ -365,6 +368,27 @@ def multiply_by_cpu_kernels(
         return None
     kernels = find_kernels(x.dtype, weight, weight_scale, x.shape[1], len(x))
     return None if kernels is None else multiply_by_kernels(x, weight, weight_scale, bias, kernels)
+
+
+def find_steps(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    scratch: Scratch,
+) -> list[Step] | None:
+    """The steps that write `x @ (code * scale)^T + bias`, `[rows, in]` -> `[rows, out]`, if kernels for CPUs do."""
+    num_rows, in_features = x.shape
+    is_whole = in_features % BLOCK_COLUMNS == 0 and 0 < num_rows <= CPU_KERNEL_MAX_ROWS
+    if not is_whole or not can_add_bias(bias, x, weight):
+        return None
+    kernels = find_kernels(x.dtype, weight, weight_scale, in_features, num_rows)
+    if kernels is None:
+        return None
+    rounded = scratch((sum(count_rounded_bytes(num_rows, in_features)),), torch.uint8)
+    *steps, _ = make_steps(x, in_features, weight, weight_scale, bias, output, rounded, kernels)
+    return steps
 
 
 def multiply(

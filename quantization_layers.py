@@ -28,7 +28,15 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .quantization_kernels import DerivedWeight, dequantize_weight, derive_weight, quantize_weight, quantized_linear
+from .kernels_llvm import Scratch, Step
+from .quantization_kernels import (
+    DerivedWeight,
+    dequantize_weight,
+    derive_weight,
+    find_steps,
+    quantize_weight,
+    quantized_linear,
+)
 
 
 QUANT_METHOD = "chatglm"
@@ -97,6 +105,12 @@ class QuantizedLinear(nn.Linear):
         if derived is None or not derived.belongs_to(weight):
             return quantized_linear(x, weight, self.weight_scale, self.bias)
         return quantized_linear(x, weight, self.weight_scale, self.bias, derived.packed, derived.packed_scales)
+
+    def find_steps(self, x: torch.Tensor, output: torch.Tensor, scratch: Scratch) -> list[Step] | None:
+        """The steps that compute this layer on a CPU, `[rows, in]` -> `[rows, out]`, if kernels do."""
+        if self.derived is not None:
+            return None
+        return find_steps(x, self.weight, self.weight_scale, self.bias, output, scratch)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight as floats, `[out, in]`; by default in the dtype of the bias, or else of the scale."""

@@ -45,6 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "conversation_messages": set(),
     "conversation_rendering": {"conversation_chatglm", "conversation_templates"},
     "conversation_templates": set(),
+    "decoding_cpu": {"kernels_decoding", "kernels_layers", "kernels_llvm", "modeling_cache"},
     "generation_blanks": {"blank_infilling", "configuration_generations"},
     "generation_cache": set(),
     "generation_chatglm": {
@@ -57,9 +58,10 @@ ARROWS: dict[str, set[str]] = {
     "generation_streaming": set(),
     "image_processing_chatglm": {"configuration_generations", "configuration_vision"},
     "kernels_llvm": set(),
+    "kernels_decoding": {"kernels_layers", "kernels_llvm"},
     "kernels_layers": {"kernels_llvm"},
     "kernels_matmul": {"kernels_llvm"},
-    "linear_cpu": {"kernels_llvm", "kernels_matmul"},
+    "linear_cpu": {"kernels_decoding", "kernels_llvm", "kernels_matmul"},
     "modeling_chatglm": {
         "configuration_chatglm",
         "configuration_generations",
@@ -78,7 +80,7 @@ ARROWS: dict[str, set[str]] = {
     "modeling_cache": set(),
     "modeling_classification": set(),
     "modeling_glm": {"configuration_chatglm", "modeling_chatglm", "modeling_classification"},
-    "modeling_layers": {"configuration_chatglm", "kernels_layers", "linear_cpu"},
+    "modeling_layers": {"configuration_chatglm", "decoding_cpu", "kernels_layers", "linear_cpu"},
     "modeling_pictures": {"configuration_vision", "generation_published"},
     "modeling_positions": set(),
     "modeling_prefix": set(),
@@ -86,7 +88,7 @@ ARROWS: dict[str, set[str]] = {
     "quantization": {"linear_cpu", "quantization_kernels", "quantization_layers", "quantization_others"},
     "quantization_cpu": {"kernels_llvm"},
     "quantization_kernels": {"kernels_llvm", "kernels_matmul", "quantization_cpu", "quantization_triton"},
-    "quantization_layers": {"quantization_kernels"},
+    "quantization_layers": {"kernels_llvm", "quantization_kernels"},
     "quantization_others": {"linear_cpu"},
     "quantization_triton": set(),
     "tokenization_chatglm": {
