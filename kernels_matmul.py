@@ -58,8 +58,8 @@ FEW_TILE_ROWS = 8
 PANEL_COLUMNS = 2048
 # Columns of a row that are decoded in one step: 16 pairs.
 STEP_COLUMNS = 32
-# Rows of the input that are put in order at a time, so that long inputs take no more memory.
-INPUT_ROWS = 2048
+# Bytes of the input that are put in order at a time: they stay in the third cache while all of the weight passes by.
+INPUT_BYTES = 2**23
 
 
 def choose_tile_rows(num_rows: int) -> int:
@@ -321,7 +321,9 @@ def multiply_matrices(
     num_threads = count_threads(-(-out_features // PANEL_ROWS))
     scales = (0, 0) if weight_scale is None else (weight_scale.data_ptr(), weight_scale.numel() // out_features)
     own_bias = (NO_BIAS_ADDRESS, 0) if bias is None else (bias.data_ptr(), 2)
-    for rows, target in zip(x.contiguous().split(INPUT_ROWS), output.split(INPUT_ROWS)):
+    num_parts = -(-2 * x.numel() // INPUT_BYTES)
+    part_rows = -(-len(x) // (num_parts * tile_rows)) * tile_rows
+    for rows, target in zip(x.contiguous().split(part_rows), output.split(part_rows)):
         num_tiles = -(-len(rows) // tile_rows)
         packed = x.new_empty((num_tiles, in_features, tile_rows), dtype=torch.bfloat16)
         Step(packing, num_tiles, rows.data_ptr(), len(rows), in_features, packed.data_ptr()).run(num_tiles)

@@ -246,6 +246,8 @@ def eager_attention_forward(
 # Keys of one layer that are turned into float32 for a token. A larger copy would be given new memory for every token,
 # which takes longer than float16 does.
 MOST_IN_FLOAT32 = 2**22
+# Tokens of a prompt from which on all states are turned into float32.
+LEAST_IN_FLOAT32 = 32
 
 # Stands in for the attention module when query heads are folded: then each head has its own keys, and sees all of them.
 FOLDED_HEADS = SimpleNamespace(num_key_value_groups=1, is_causal=False)
@@ -323,6 +325,9 @@ class ChatGLMAttention(nn.Module):
         if is_folded:
             module = FOLDED_HEADS
             query_states, key_states, value_states = self.fold_heads(query_states, key_states, value_states)
+        elif attention_mask is None or attention_mask.dtype == torch.bool:
+            if self.should_attend_in_float32(attention_interface, query_states, key_states):
+                query_states, key_states, value_states = (s.float() for s in (query_states, key_states, value_states))
         attn_output, attn_weights = attention_interface(
             module,
             query_states,
@@ -346,6 +351,19 @@ class ChatGLMAttention(nn.Module):
         folded = [part.reshape(num_folded, 1, -1, self.head_dim) for part in states]
         is_slow = folded[0].dtype == torch.float16 and folded[1].numel() <= MOST_IN_FLOAT32
         return [part.float() for part in folded] if is_slow else folded
+
+    def should_attend_in_float32(
+        self, attention_interface: Callable, query_states: torch.Tensor, key_states: torch.Tensor
+    ) -> bool:
+        """Whether prompts in float16 take less time in float32: in torch's CPU kernel, three quarters of it (2.13)."""
+        return (
+            attention_interface is sdpa_attention_forward
+            and query_states.dtype == key_states.dtype == torch.float16
+            and query_states.device.type == "cpu"
+            and query_states.shape[2] >= LEAST_IN_FLOAT32
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        )
 
     def should_fold_query_heads(self, attention_interface: Callable, query_states: torch.Tensor) -> bool:
         """Whether one query for each head is quicker without grouped heads.

@@ -242,3 +242,33 @@ def test_attention_of_float16_in_float32(
         logits = model(prompt[:, -1:], past_key_values=cache, use_cache=True).logits
         assert set(seen) == {dtype} and logits.dtype == torch.float16
         torch.testing.assert_close(logits, whole, rtol=0.02, atol=0.02)
+
+
+@every_generation
+def test_prompts_of_float16_are_attended_in_float32(
+    tiny_model: ModelMaker, source: Source, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, layers = tiny_model(**TINY[version]).half(), source("modeling_layers")
+    prompt, seen = torch.randint(10, 80, (2, layers.LEAST_IN_FLOAT32)), []
+    padded = torch.ones_like(prompt)
+    padded[0, :3] = 0
+    attend = functional.scaled_dot_product_attention
+
+    def watch(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(query.dtype)
+        return attend(query, *args, **kwargs)
+
+    def run(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        seen.clear()
+        logits = model(prompt, attention_mask=mask).logits
+        assert set(seen) == {dtype} and logits.dtype == torch.float16
+        return logits
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watch)
+    for mask in (None, padded):
+        assert run(mask, torch.float16).requires_grad
+        with torch.no_grad():
+            found = run(mask, torch.float32)
+            with monkeypatch.context() as patch:
+                patch.setattr(layers, "LEAST_IN_FLOAT32", 1 << 30)
+                torch.testing.assert_close(found[:, 3:], run(mask, torch.float16)[:, 3:], rtol=0.02, atol=0.02)

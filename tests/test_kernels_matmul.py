@@ -120,7 +120,7 @@ def test_long_inputs_are_multiplied_in_parts(
     x = torch.randn(150, 64).half()
     found = matmul.find_matmul(x, weight, scale, None)
     expected = matmul.multiply_matrices(x, weight, scale, None, found)
-    monkeypatch.setattr(matmul, "INPUT_ROWS", 40)
+    monkeypatch.setattr(matmul, "INPUT_BYTES", 5000)
     assert matmul.multiply_matrices(x, weight, scale, None, found).equal(expected)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
