@@ -35,8 +35,8 @@ from torch import nn
 from torch.nn.modules import module as torch_modules
 from transformers.cache_utils import Cache, DynamicCache
 
-from .kernels_decoding import LANES, ActivatingProgram, AddingProgram, TurningProgram, turns_pairs
-from .kernels_layers import AttentionProgram, NormProgram
+from .kernels_decoding import ActivatingProgram, AddingProgram, TurningProgram, turns_pairs
+from .kernels_layers import LANES, AttentionProgram, NormProgram, find_addresses
 from .kernels_llvm import (
     HALF_DTYPES,
     PLAIN_TENSORS,
@@ -93,7 +93,7 @@ class States:
     def make(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
         # Tensors of `inference_mode` could not be written to outside of it.
         with torch.inference_mode(False):
-            return torch.empty(shape, dtype=dtype or self.dtype)
+            return torch.empty(shape, dtype=dtype or self.dtype, device="cpu")
 
     def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory for what is needed within a layer's product; the same for the same shape."""
@@ -103,8 +103,10 @@ class States:
 
 
 def plan_product(linear: Any, x: torch.Tensor, output: torch.Tensor, states: States) -> list[Step]:
-    # Asked of the class: wrappers pass on what they do not have.
-    if not hasattr(type(linear), "find_steps"):
+    if linear._parameters.get("weight") is None or (linear.in_features, linear.out_features) != (
+        x.shape[1],
+        output.shape[1],
+    ):
         raise NoKernelError
     steps = linear.find_steps(x, output, states.scratch)
     if steps is None:
@@ -113,12 +115,16 @@ def plan_product(linear: Any, x: torch.Tensor, output: torch.Tensor, states: Sta
 
 
 def plan_norm(norm: Any, states: States) -> Step:
-    is_layer_norm = isinstance(norm, nn.LayerNorm)
+    is_layer_norm, hidden_size = isinstance(norm, nn.LayerNorm), states.hidden.shape[1]
     epsilon = norm.eps if is_layer_norm else norm.variance_epsilon
-    bias = norm.bias.data_ptr() if is_layer_norm else 0
-    if norm.weight.dtype != states.dtype or not norm.weight.is_contiguous():
-        raise NoKernelError
-    arguments = (norm.weight.data_ptr(), bias, states.normed.data_ptr(), states.hidden.shape[1])
+    names = ("weight", "bias") if is_layer_norm else ("weight",)
+    parameters = [norm._parameters.get(name) for name in names]
+    for parameter in parameters:
+        is_known = parameter is not None and parameter.dtype == states.dtype and parameter.shape == (hidden_size,)
+        if not is_known or not parameter.is_contiguous():
+            raise NoKernelError
+    addresses = [parameter.data_ptr() for parameter in parameters]
+    arguments = (*addresses, *[0] * (2 - len(addresses)), states.normed.data_ptr(), hidden_size)
     settings = (states.dtype, states.dtype, epsilon, is_layer_norm)
     return make_step(NormProgram, settings, len(states.hidden), states.hidden.data_ptr(), *arguments)
 
@@ -132,11 +138,13 @@ def plan_sum(layer: Any, states: States) -> Step:
 
 
 def plan_activation(mlp: Any, states: States) -> Step:
-    if mlp.activation not in ACTIVATIONS:
+    # CODEPATH: glm and glm-130b have the exact GELU, glm-130b activates the second half; there is no kernel for these.
+    if mlp.activation not in ACTIVATIONS or (mlp.is_gated and not mlp.gate_comes_first):
         raise NoKernelError
     num_rows, num_columns = states.activated.shape
-    gate = (0 if mlp.gate_comes_first else 1) if mlp.is_gated else None
-    settings = (states.dtype, ACTIVATIONS[mlp.activation], gate)
+    if states.up.shape[1] != num_columns * (2 if mlp.is_gated else 1):
+        raise NoKernelError
+    settings = (states.dtype, ACTIVATIONS[mlp.activation], mlp.is_gated)
     addresses = (states.up.data_ptr(), states.activated.data_ptr())
     return make_step(ActivatingProgram, settings, num_columns, num_rows, *addresses)
 
@@ -241,12 +249,12 @@ class Plan:
             return None
         own, partner = tables
         layers = [cache.layers[steps.layer_idx] for steps in self.cache_steps]
-        for layer in layers:
-            layer.add_place()
-        num_places = count_places(max(layer.keys.shape[-2] for layer in layers))
+        num_places = count_places(1 + max(layer.keys.shape[-2] for layer in layers))
         num_scores = len(hidden_states) * self.cache_steps[0].num_heads * (num_places + own.shape[-1])
         if self.memory.numel() < num_scores:
             self.memory = self.states.make((2 * num_scores,), torch.float32)
+        for layer in layers:
+            layer.add_place()
         for steps, layer in zip(self.cache_steps, layers):
             steps.aim(layer, own, partner, self.memory)
         self.states.hidden.copy_(hidden_states[:, 0])
@@ -264,22 +272,50 @@ def make_plan(layers: list[Any], num_rows: int, dtype: torch.dtype, facts: list[
     return Plan(facts, steps, states, [cache_steps for _, cache_steps in planned])
 
 
-def describe(layers: list[Any]) -> list[Any] | None:
-    """What the steps of layers depend on, or `None` where more is asked of a module than to compute."""
+def is_as_marked(kind: Any) -> bool:
+    """Whether steps stand for a class of modules: for itself, as a subclass may compute something else, and unpatched."""
+    methods = vars(kind).get("step_methods")
+    return methods is not None and all(getattr(kind, name) is method for name, method in methods.items())
+
+
+def describe(layers: list[Any]) -> tuple[list[Any], list[torch.Tensor]] | None:
+    """What the steps of layers depend on, or `None` where a module has a hook, a wrapper or a patch, or is trained.
+
+    It runs before every token, hence what is short here.
+
+    Returns:
+        Facts to compare, and the parameters.
+    """
     facts: list[Any] = []
-    for layer in layers:
-        for module in layer.modules():
-            # Torch's names for these, 2.6 to 2.13. Whoever offloads layers writes another `forward`.
-            hooks = module._forward_hooks or module._forward_pre_hooks
-            if hooks or module.training or "forward" in module.__dict__:
+    parameters: list[torch.Tensor | None] = []
+    kinds: set[type] = set()
+    modules = list(layers)
+    while modules:
+        module = modules.pop()
+        kind, own = type(module), module.__dict__
+        if kind not in kinds:
+            if not is_as_marked(kind):
                 return None
-            facts.append(type(module))
-            for tensor in module._parameters.values():
-                if tensor is not None:
-                    if type(tensor) not in PLAIN_TENSORS:
-                        return None
-                    facts.append((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()))
-    return facts
+            kinds.add(kind)
+        # Torch's names, 2.6 to 2.13.
+        if own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return None
+        for name, method in kind.step_methods.items():
+            # Whoever offloads layers writes another `forward`, and the same again afterwards.
+            if name in own and getattr(own[name], "__func__", None) is not method:
+                return None
+        facts.append(kind)
+        for name in kind.step_settings:
+            facts.append(own[name])
+        parameters += own["_parameters"].values()
+        modules += own["_modules"].values()
+    weights = [parameter for parameter in parameters if parameter is not None]
+    addresses = find_addresses(*weights)
+    if addresses is None or not all(type(tensor) in PLAIN_TENSORS and tensor.is_cpu for tensor in weights):
+        return None
+    facts += addresses
+    facts += [(tensor.dtype, tensor.shape, tensor.is_contiguous()) for tensor in weights]
+    return facts, weights
 
 
 class Plans(threading.local):
@@ -292,10 +328,8 @@ class Plans(threading.local):
 PLANS = Plans()
 
 
-def fits(cache: Any, num_rows: int, layers: list[Any], dtype: torch.dtype) -> bool:
-    """Whether a cache is one whose layers are written to here, and holds something already."""
-    if type(cache) is not DynamicCache or cache.offloading:
-        return False
+def fits(cache: DynamicCache, num_rows: int, layers: list[Any], head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the layers of a cache are such as are written to here, and hold something already."""
     attentions = [layer.self_attention for layer in layers]
     if len(cache.layers) <= max(attention.layer_idx for attention in attentions):
         return False
@@ -303,9 +337,12 @@ def fits(cache: Any, num_rows: int, layers: list[Any], dtype: torch.dtype) -> bo
         type(held) is GrowingLayer
         and held.is_initialized
         and held.keys.dtype == held.values.dtype == dtype
+        and held.keys.is_cpu
+        and held.values.is_cpu
         and held.keys.shape == held.values.shape
         and held.keys.shape[:2] == (num_rows, attention.num_key_value_heads)
         and held.keys.shape[2] > 0
+        and held.keys.shape[3] == attention.head_dim == head_dim
         for attention in attentions
         for held in (cache.layers[attention.layer_idx],)
     )
@@ -332,11 +369,20 @@ def decode(
     num_rows, dtype = len(hidden_states), hidden_states.dtype
     if torch.compiler.is_compiling() or not HAS_KERNELS or not can_run_kernels(hidden_states, tables[0]):
         return None
-    is_known = dtype in HALF_DTYPES and all(table.dtype == dtype and table.is_contiguous() for table in tables)
+    shape = tables[0].shape
+    is_known = dtype in HALF_DTYPES and len(shape) == 4 and shape[0] in (1, num_rows) and shape[1:3] == (1, 1)
+    is_known = is_known and all(
+        table.dtype == dtype and table.shape == shape and table.is_contiguous() for table in tables
+    )
+    # Torch's name, 2.6 to 2.13.
     if not is_known or torch.is_autocast_enabled("cpu") or torch_modules._has_any_global_hook():
         return None
-    if not layers or not fits(cache, num_rows, layers, dtype) or (facts := describe(layers)) is None:
+    if type(cache) is not DynamicCache or cache.offloading or find_addresses(hidden_states, *tables) is None:
         return None
+    if not layers or (described := describe(layers)) is None or not fits(cache, num_rows, layers, shape[3], dtype):
+        return None
+    # The parameters are held until they were read: another thread may replace them.
+    facts, _ = described
     plans = PLANS.of_modules.setdefault(owner, {})
     key = (len(layers), num_rows, dtype, torch.get_num_threads())
     plan = plans.get(key)

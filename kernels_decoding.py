@@ -25,12 +25,10 @@ from typing import Any
 
 import torch
 
-from .kernels_layers import exponential
+from .kernels_layers import LANES, PROCESSOR_FEATURES, exponential
 from .kernels_llvm import FLOATS, INTS, TasksProgram
 
 
-PROCESSOR_FEATURES = ("avx2", "fma", "f16c")
-LANES = 16
 # Numbers that a thread takes at a time.
 TASK_COLUMNS = 1024
 # Distances of two channels of a pair that fit vectors.
@@ -108,22 +106,20 @@ class ActivatingProgram(ColumnsProgram):
     Args:
         dtype: of the states and the output.
         is_gelu: GELU instead of SiLU.
-        gate: which half of `[rows, 2 * columns]` is activated, to be multiplied with the other one; `None` without a
-            gate.
+        is_gated: the first half of `[rows, 2 * columns]` is activated, and multiplied with the second.
     """
 
-    def __init__(self, dtype: torch.dtype, is_gelu: bool, gate: int | None) -> None:
-        self.is_gelu, self.gate = is_gelu, gate
+    def __init__(self, dtype: torch.dtype, is_gelu: bool, is_gated: bool) -> None:
+        self.is_gelu, self.is_gated = is_gelu, is_gated
         super().__init__(("states", "output"), dtype)
 
     def compute(self, row: Any, column: Any) -> None:
-        if self.gate is None:
-            activated = self.activate(self.load_row("states", row, column))
-        else:
-            halves = [self.load_row("states", self.sum((row, 2), half), column) for half in (0, 1)]
+        if self.is_gated:
+            gate, states = (self.load_row("states", self.sum((row, 2), half), column) for half in (0, 1))
             # Torch rounds between the two.
-            activated = self.round_floats(self.activate(halves[self.gate]), self.dtype)
-            activated = self.builder.fmul(activated, halves[1 - self.gate])
+            activated = self.builder.fmul(self.round_floats(self.activate(gate), self.dtype), states)
+        else:
+            activated = self.activate(self.load_row("states", row, column))
         self.store_rounded(activated, self.place("output", row, column, self.dtype.itemsize), self.dtype)
 
     def activate(self, x: Any) -> Any:
@@ -212,7 +208,8 @@ class TurningProgram(TasksProgram):
                 if self.pair_distance < LANES:
                     partners = self.pick(states, [lane ^ self.pair_distance for lane in range(LANES)])
                 else:
-                    partners = load(source, channel ^ self.pair_distance)
+                    is_second = channel // self.pair_distance % 2
+                    partners = load(source, channel + (-self.pair_distance if is_second else self.pair_distance))
                 own, partner = (load(table, channel) for table in tables)
                 # Torch rounds between the two.
                 turned = self.round_floats(self.builder.fmul(states, own), self.dtype)
@@ -221,7 +218,6 @@ class TurningProgram(TasksProgram):
 
 
 __all__ = [
-    "LANES",
     "ActivatingProgram",
     "AddingProgram",
     "ConvertingProgram",

@@ -390,7 +390,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
     if kernel is None or (addresses := find_addresses(query, key, value)) is None:
         return None
     num_places, num_tasks = -(-num_keys // LANES) * LANES, batch_size * num_key_heads
-    memory = torch.empty((batch_size * num_heads, num_places + head_dim))
+    memory = torch.empty((batch_size * num_heads, num_places + head_dim), dtype=torch.float32, device="cpu")
     # Of one sequence this is no copy.
     query = query.reshape(batch_size, 1, num_heads * head_dim).contiguous()
     output = torch.empty_like(query)
@@ -401,4 +401,13 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
     return output
 
 
-__all__ = ["AttentionProgram", "NormProgram", "attend", "exponential", "norm_rows"]
+__all__ = [
+    "LANES",
+    "PROCESSOR_FEATURES",
+    "AttentionProgram",
+    "NormProgram",
+    "attend",
+    "exponential",
+    "find_addresses",
+    "norm_rows",
+]

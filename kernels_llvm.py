@@ -17,7 +17,8 @@ What is unusual here:
 
 - Where llvmlite is installed (numba brings it), kernels are written in LLVM's intermediate code and compiled when they
   are first needed, in about a tenth of a second, without a compiler or files.
-- They run in torch's own OpenMP threads, through the OpenMP library that torch has loaded.
+- They run in torch's own OpenMP threads, through the OpenMP library that torch has loaded: one of them at a time, or many
+  in a row by one call, with threads that wait for each other in between.
 """
 
 import ctypes
@@ -26,7 +27,7 @@ import sys
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils import logging
@@ -40,6 +41,7 @@ except (ImportError, OSError):  # not installed, or its library does not load
 
 logger = logging.get_logger(__name__)
 
+ModuleClass = TypeVar("ModuleClass", bound=torch.nn.Module)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 # Tensors of other classes, such as those that torch traces with, have no memory that a kernel could read.
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
@@ -57,6 +59,7 @@ CONVERTED_STREAMS = (8, 1536)
 # Rows of the weight that a thread takes at a time: within these bounds, so many that each takes some four times.
 LEAST_TASK_ROWS, MOST_TASK_ROWS = 32, 128
 TASKS_PER_THREAD = 4
+TASK_ROWS_STEP = 8
 # Processors that have these have 32 registers of 64 bytes; others that kernels are for have 16 of 32 bytes.
 WIDE_FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
@@ -426,7 +429,7 @@ def compile_kernel(write: type[Program], *settings: Any) -> Kernel | None:
         return Kernel(write(*settings)) if has_kernels(write) else None
     except Exception as error:  # whatever this version of LLVM or this system objects to
         logger.warning_once(
-            f"Linear layers use torch's own operators, as kernels for this processor could not be compiled: {error}"
+            f"Torch's own operators compute, as kernels for this processor could not be compiled: {error}"
         )
         return None
 
@@ -559,8 +562,29 @@ def rows_step(
     bias_address, bias_step = (NO_BIAS_ADDRESS, 0) if bias is None else (bias.data_ptr(), 2)
     task_rows = out_features // (TASKS_PER_THREAD * torch.get_num_threads())
     task_rows = min(max(task_rows, LEAST_TASK_ROWS), MOST_TASK_ROWS)
+    # As many in every place that a thread reads in.
+    task_rows = -(-task_rows // TASK_ROWS_STEP) * TASK_ROWS_STEP
     common = (task_rows, out_features, num_rows, output.data_ptr(), bias_address, bias_step)
     return Step(kernel, *common, weight.data_ptr(), row_bytes, *arguments), -(-out_features // task_rows)
+
+
+def computed_by_steps(
+    *methods: str, settings: tuple[str, ...] = ()
+) -> Callable[[type[ModuleClass]], type[ModuleClass]]:
+    """Mark a class of modules that steps can stand for, while its methods and its modules' settings are what they are.
+
+    Args:
+        methods: names of what the steps compute, besides `forward`.
+        settings: names of the attributes that they depend on, besides the parameters.
+    """
+
+    def mark(kind: type[ModuleClass]) -> type[ModuleClass]:
+        marked: Any = kind
+        marked.step_methods = {name: getattr(kind, name) for name in ("forward", *methods)}
+        marked.step_settings = settings
+        return kind
+
+    return mark
 
 
 # Gives memory of a shape and a dtype, which is free until the same is asked for again.
@@ -634,6 +658,7 @@ __all__ = [
     "can_add_bias",
     "can_run_kernels",
     "compile_kernel",
+    "computed_by_steps",
     "count_threads",
     "exchanged_lanes",
     "has_kernels",

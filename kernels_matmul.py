@@ -328,7 +328,7 @@ def multiply_matrices(
         packed = x.new_empty((num_tiles, in_features, tile_rows), dtype=torch.bfloat16)
         Step(packing, num_tiles, rows.data_ptr(), len(rows), in_features, packed.data_ptr()).run(num_tiles)
         memory_bytes = 2 * PANEL_ROWS * PANEL_COLUMNS + 4 * PANEL_ROWS * tile_rows * num_tiles
-        memory = torch.empty((num_threads, memory_bytes), dtype=torch.uint8)
+        memory = torch.empty((num_threads, memory_bytes), dtype=torch.uint8, device="cpu")
         own_memory = (0, memory.data_ptr(), memory_bytes)
         weights = (weight.data_ptr(), weight.nbytes // out_features, *scales)
         inputs = (packed.data_ptr(), num_tiles, in_features)

@@ -42,6 +42,7 @@ from .kernels_llvm import (
     can_add_bias,
     can_run_kernels,
     compile_kernel,
+    computed_by_steps,
     has_kernels,
     own_name,
     processor_has,
@@ -220,6 +221,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         return F.linear(x, weight, bias)
 
 
+@computed_by_steps()
 class ChatGLMLinear(nn.Linear):
     """`nn.Linear`, which multiplies few rows of 16-bit floats faster on a CPU."""
 

@@ -42,6 +42,7 @@ from transformers.utils import TransformersKwargs
 from .configuration_chatglm import ChatGLMConfig
 from .decoding_cpu import decode
 from .kernels_layers import attend, norm_rows
+from .kernels_llvm import computed_by_steps
 from .linear_cpu import ChatGLMLinear
 
 
@@ -51,6 +52,7 @@ def constant(value: float) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
+@computed_by_steps(settings=("variance_epsilon",))
 class ChatGLMRMSNorm(nn.Module):
     """RMSNorm (https://arxiv.org/abs/1910.07467): `weight * x / sqrt(mean(x²) + eps)`, in float32, rounded once."""
 
@@ -81,6 +83,7 @@ class ChatGLMRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
+@computed_by_steps(settings=("eps",))
 class ChatGLMLayerNorm(nn.LayerNorm):
     """LayerNorm with bias, in float32, rounded once."""
 
@@ -108,6 +111,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@computed_by_steps("activate", settings=("activation", "is_gated", "gate_comes_first"))
 class ChatGLMMLP(nn.Module):
     """Feed-forward: SwiGLU or GeGLU (https://arxiv.org/abs/2002.05202) with both halves in one projection, or GELU."""
 
@@ -253,6 +257,7 @@ LEAST_IN_FLOAT32 = 32
 FOLDED_HEADS = SimpleNamespace(num_key_value_groups=1, is_causal=False)
 
 
+@computed_by_steps("make_states", settings=("layer_idx", "scaling", "pair_distance", "is_qkv_interleaved"))
 class ChatGLMAttention(nn.Module):
     """Attention with one fused query/key/value projection."""
 
@@ -379,6 +384,7 @@ class ChatGLMAttention(nn.Module):
         )
 
 
+@computed_by_steps("add_residual", settings=("residual_scale", "residual_post_layernorm"))
 class ChatGLMBlock(GradientCheckpointingLayer):
     """One layer: attention and feed-forward, each normed before and added to the residual stream."""
 

@@ -558,8 +558,8 @@ def multiply_by_kernels(
         else x.contiguous()
     )
     # An allocation for the numbers and their scales takes less time than two.
-    rounded = torch.empty(sum(count_rounded_bytes(num_rows, in_features)), dtype=torch.uint8)
-    output = torch.empty((num_rows, weight.shape[0]), dtype=x.dtype)
+    rounded = torch.empty(sum(count_rounded_bytes(num_rows, in_features)), dtype=torch.uint8, device="cpu")
+    output = torch.empty((num_rows, weight.shape[0]), dtype=x.dtype, device="cpu")
     rounding, multiplying, num_tasks = make_steps(x, in_features, weight, weight_scale, bias, output, rounded, kernels)
     rounding.run(1)
     multiplying.run(num_tasks)

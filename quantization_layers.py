@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .kernels_llvm import Scratch, Step
+from .kernels_llvm import Scratch, Step, computed_by_steps
 from .quantization_kernels import (
     DerivedWeight,
     dequantize_weight,
@@ -42,6 +42,7 @@ from .quantization_kernels import (
 QUANT_METHOD = "chatglm"
 
 
+@computed_by_steps()
 class QuantizedLinear(nn.Linear):
     """A linear layer with int8 or int4 weight, named in files as published: `weight`, `weight_scale`, `bias`.
 

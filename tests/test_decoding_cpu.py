@@ -13,20 +13,22 @@
 # limitations under the License.
 """One more token on a CPU, through all layers by one call: as the modules compute it, and only where nothing else is asked."""
 
+import contextlib
 import copy
 import gc
 import multiprocessing
 import pickle
+import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from generations import TINY, every_generation
-from peft import LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 from test_quantization_cpu import HALVES, OLDER_PROCESSORS, older_processor
 from torch import nn
 from transformers import PreTrainedModel
@@ -209,7 +211,73 @@ def attend_eagerly(model: PreTrainedModel) -> None:
     model.set_attn_implementation("eager")
 
 
-CHANGES = (add_adapter, replace_forward, double_an_output, change_an_input, wrap_a_layer, attend_eagerly)
+def wrap_the_first_projection(model: PreTrainedModel) -> None:
+    attention = model.transformer.encoder.layers[0].self_attention
+    attention.query_key_value = nn.Sequential(attention.query_key_value, nn.Tanh())
+
+
+class WrappedBlock(nn.Module):
+    """Passes on what it does not have, as wrappers that steer a model do."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.block, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.block(*args, **kwargs) + 1
+
+
+def wrap_a_block(model: PreTrainedModel) -> None:
+    layers = model.transformer.encoder.layers
+    layers[0] = WrappedBlock(layers[0]).eval()
+
+
+def take_a_subclass(model: PreTrainedModel) -> None:
+    mlp = model.transformer.encoder.layers[0].mlp
+    mlp.__class__ = type("Doubled", (type(mlp),), {"forward": lambda self, x: 2 * type(mlp).__base__.forward(self, x)})
+
+
+def patch_a_method(model: PreTrainedModel) -> None:
+    model.transformer.encoder.layers[1].mlp.activate = torch.tanh
+
+
+def parametrize_a_weight(model: PreTrainedModel) -> None:
+    torch.nn.utils.parametrizations.spectral_norm(model.transformer.encoder.layers[1].mlp.dense_4h_to_h)
+    model.eval()
+
+
+def tune_norms(model: PreTrainedModel) -> None:
+    tuned = get_peft_model(model, LNTuningConfig(target_modules=["input_layernorm"])).eval()
+    for name, parameter in tuned.named_parameters():
+        if "ln_tuning_layers" in name:
+            parameter.data *= 2
+
+
+def norm_as_torch(model: PreTrainedModel) -> None:
+    model.transformer.encoder.layers[0].input_layernorm = nn.RMSNorm(128, 1e-2, dtype=torch.bfloat16).eval()
+
+
+CHANGES = (
+    add_adapter,
+    replace_forward,
+    double_an_output,
+    change_an_input,
+    wrap_a_layer,
+    attend_eagerly,
+    wrap_the_first_projection,
+    wrap_a_block,
+    take_a_subclass,
+    patch_a_method,
+    parametrize_a_weight,
+    tune_norms,
+    norm_as_torch,
+)
 
 
 @pytest.mark.usefixtures("needs_kernels")
@@ -246,15 +314,160 @@ def test_calls_that_ask_for_more(make_model: Callable[..., PreTrainedModel], cal
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(**token)
         assert not any(calls)
-        assert len(model(**token, output_hidden_states=True).hidden_states) == 3
-        assert not any(calls)
         model.train()
         model(**token)
         model.eval()
+        assert not any(calls)
+        watch = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+        model(**token)
+        watch.remove()
+        assert not any(calls)
     model(**token).logits.sum().backward()
     assert not any(calls)
     grads = [layer.self_attention.dense.weight.grad for layer in model.transformer.encoder.layers]
     assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+    with torch.no_grad():
+        model(**token)
+        assert calls[-1]
+        calls.clear()
+        # The library leaves its hooks in the model, so this comes last.
+        assert len(model(**token, output_hidden_states=True).hidden_states) == 3
+        assert not any(calls)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("needs_kernels")
+def test_other_caches_are_left_to_the_modules(make_model: Callable[..., PreTrainedModel], calls: list[bool]) -> None:
+    model = make_model()
+    cache = model(torch.randint(3, 80, (2, 6)), use_cache=True).past_key_values
+    held = cache.layers[1]
+    for keys in (held.keys.float(), held.keys.to("meta"), held.keys[..., :16], held.keys[:, :1]):
+        changed = copy.copy(cache)
+        changed.layers = [cache.layers[0], copy.copy(held)]
+        changed.layers[1].keys = changed.layers[1].values = keys
+        with contextlib.suppress(RuntimeError):
+            model(**next_token(model, 2), past_key_values=changed, use_cache=True)
+        assert not any(calls)
+        assert changed.layers[1].keys.shape[2] <= 7
+    tables = [torch.ones(3, 1, 1, 32, dtype=torch.bfloat16)] * 2
+    encoder = model.transformer.encoder
+    hidden_states = torch.ones(2, 1, 128, dtype=torch.bfloat16)
+    before = cache.get_seq_length()
+    assert encoder.decode(list(encoder.layers), hidden_states, tables, past_key_values=cache) is None
+    assert cache.get_seq_length() == before
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("needs_kernels")
+def test_default_devices_and_dtypes_are_not_taken(
+    make_model: Callable[..., PreTrainedModel], calls: list[bool]
+) -> None:
+    model = make_model()
+    cache = model(torch.randint(3, 80, (1, 6)), use_cache=True).past_key_values
+    token = next_token(model, 1)
+    expected = copy.deepcopy(cache), model(**token, past_key_values=cache, use_cache=True).logits
+    with torch.device("meta"):
+        model.transformer.encoder.decode(
+            list(model.transformer.encoder.layers),
+            torch.ones(1, 1, 128, dtype=torch.bfloat16, device="cpu"),
+            (torch.ones(1, 1, 1, 32, dtype=torch.bfloat16, device="cpu"),) * 2,
+            past_key_values=cache,
+        )
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = model(**token, past_key_values=expected[0], use_cache=True).logits
+        hook = model.transformer.encoder.layers[0].register_forward_hook(lambda *args: None)
+        decode_tokens(model)
+        hook.remove()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.equal(expected[1])
+    assert calls == [True] * 3 + [False] * 4
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("needs_kernels")
+def test_vmap_takes_the_modules(make_model: Callable[..., PreTrainedModel], calls: list[bool]) -> None:
+    model = make_model()
+    cache = model(torch.randint(3, 80, (1, 6)), use_cache=True).past_key_values
+    encoder = model.transformer.encoder
+    tables = (torch.ones(1, 1, 1, 32, dtype=torch.bfloat16),) * 2
+
+    def decode(hidden_states: torch.Tensor) -> torch.Tensor:
+        assert encoder.decode(list(encoder.layers), hidden_states, tables, past_key_values=cache) is None
+        return hidden_states
+
+    torch.vmap(decode)(torch.ones(2, 1, 1, 128, dtype=torch.bfloat16))
+    assert cache.get_seq_length() == 6 and calls == [False]
+
+
+@pytest.mark.usefixtures("needs_kernels")
+@pytest.mark.parametrize("options", [{"pre_seq_len": 5}, {"group_size": 32}], ids=str)
+def test_prefixes_and_groups(
+    options: dict[str, int],
+    tiny_model: Callable[..., PreTrainedModel],
+    make_model: Callable[..., PreTrainedModel],
+    calls: list[bool],
+) -> None:
+    if "pre_seq_len" in options:
+        model = tiny_model(**SIZES, **options).bfloat16()
+    else:
+        model = make_model().quantize(bits=4, **options)
+    found = decode_tokens(model)
+    assert all(calls)
+    assert_same(found, by_modules(model))
+
+
+@pytest.mark.usefixtures("needs_kernels")
+def test_changed_settings_are_seen(make_model: Callable[..., PreTrainedModel], calls: list[bool]) -> None:
+    model = make_model()
+    layer = model.transformer.encoder.layers[1]
+    for module, name, value in (
+        (layer.self_attention, "scaling", 1.0),
+        (layer.input_layernorm, "variance_epsilon", 5.0),
+        (layer.mlp, "activation", "gelu_pytorch_tanh"),
+        (layer, "residual_scale", 3.0),
+        (layer, "residual_post_layernorm", True),
+    ):
+        before = decode_tokens(model)
+        setattr(module, name, value)
+        found = decode_tokens(model)
+        assert all(calls)
+        calls.clear()
+        assert_same(found, by_modules(model))
+        assert (found[0] - before[0]).norm() / before[0].norm() > 0.005
+        calls.clear()
+
+
+@pytest.mark.usefixtures("needs_kernels")
+def test_patched_classes_are_seen(
+    make_model: Callable[..., PreTrainedModel], calls: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    before = decode_tokens(model)
+    kind = type(model.transformer.encoder.layers[0].mlp)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, hidden_states: 2 * forward(self, hidden_states))
+    found = decode_tokens(model)
+    assert calls == [True] * 4 + [False] * 4
+    assert (found[0] - before[0]).norm() / before[0].norm() > 0.05
+
+
+@pytest.mark.usefixtures("needs_kernels")
+def test_adapters_that_save_modules_are_switched(
+    make_model: Callable[..., PreTrainedModel], calls: list[bool]
+) -> None:
+    config = LoraConfig(target_modules=["dense"], modules_to_save=["input_layernorm"])
+    model = make_model()
+    adapted = get_peft_model(model, config).eval()
+    for name, parameter in adapted.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data *= 3
+    changed = decode_tokens(model)
+    with adapted.disable_adapter():
+        plain = decode_tokens(model)
+    assert not any(calls)
+    assert (changed[0] - plain[0]).norm() / plain[0].norm() > 0.05
 
 
 @pytest.mark.usefixtures("needs_kernels")
@@ -398,8 +611,25 @@ def test_threads_and_numbers_of_threads(make_model: Callable[..., PreTrainedMode
     assert all(calls)
 
 
+@contextlib.contextmanager
+def kernels_in_two_threads(model: PreTrainedModel) -> Iterator[None]:
+    """All layers by one call in two threads, and the rest in one."""
+    steps = sys.modules[sys.modules[type(model.transformer.encoder).__module__].decode.__module__].Steps
+    run = steps.run
+
+    def run_in_two(self: Any) -> None:
+        torch.set_num_threads(2)
+        run(self)
+        torch.set_num_threads(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "run", run_in_two)
+        yield
+
+
 def decode_in_child(model: PreTrainedModel, connection: Any) -> None:
-    connection.send([tensor.tolist() for tensor in decode_tokens(model)])
+    with kernels_in_two_threads(model):
+        connection.send([tensor.tolist() for tensor in decode_tokens(model)])
 
 
 @pytest.mark.usefixtures("needs_kernels")
@@ -411,7 +641,7 @@ def test_forked_processes(make_model: Callable[..., PreTrainedModel]) -> None:
         expected = decode_tokens(model)
         context = multiprocessing.get_context("fork")
         receiver, sender = context.Pipe(duplex=False)
-        # Only what the kernels do is forked: torch's own threads would be waited for.
+        # Torch's own products would wait for threads that a forked process does not have.
         torch.set_num_threads(1)
         child = context.Process(target=decode_in_child, args=(model, sender))
         child.start()
@@ -451,14 +681,16 @@ def test_without_kernels_the_modules_are_called(
 def test_all_channels_are_turned_as_by_torch(source: Source, decoding: ModuleType) -> None:
     layers, kernels = source("modeling_layers"), source("kernels_decoding")
     for dtype in HALVES:
-        for pair_distance, is_interleaved in ((1, False), (2, True), (8, False), (16, True), (32, False)):
-            qkv, own, partner = torch.randn(2, 9 * 64).to(dtype), *torch.randn(2, 2, 64).to(dtype)
-            heads = qkv.view(2, 3, 3, 64).transpose(1, 2) if is_interleaved else qkv.view(2, 3, 3, 64)
-            queries, keys, values = (torch.empty(2, 3, 64, dtype=dtype) for _ in range(3))
-            program = decoding.compile_kernel(kernels.TurningProgram, dtype, 64, 3, 3, is_interleaved, pair_distance)
+        for pair_distance, is_interleaved in ((1, False), (2, True), (8, False), (16, True), (32, False), (48, True)):
+            size = max(64, 2 * pair_distance)
+            qkv, own, partner = torch.randn(2, 9 * size).to(dtype), *torch.randn(2, 2, size).to(dtype)
+            heads = qkv.view(2, 3, 3, size).transpose(1, 2) if is_interleaved else qkv.view(2, 3, 3, size)
+            queries, keys, values = (torch.empty(2, 3, size, dtype=dtype) for _ in range(3))
+            assert kernels.turns_pairs(size, pair_distance)
+            program = decoding.compile_kernel(kernels.TurningProgram, dtype, size, 3, 3, is_interleaved, pair_distance)
             addresses = [tensor.data_ptr() for tensor in (qkv, own, partner)]
-            sizes = (keys.data_ptr(), 3 * 128, 128, values.data_ptr(), 3 * 128, 128)
-            decoding.Step(program, 2, *addresses, 128, queries.data_ptr(), *sizes).run(1)
+            sizes = (keys.data_ptr(), 6 * size, 2 * size, values.data_ptr(), 6 * size, 2 * size)
+            decoding.Step(program, 2, *addresses, 2 * size, queries.data_ptr(), *sizes).run(1)
             turned = layers.apply_rotary_pos_emb(
                 heads[:, :2], own[:, None, None], partner[:, None, None], pair_distance
             )

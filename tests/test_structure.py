@@ -80,7 +80,7 @@ ARROWS: dict[str, set[str]] = {
     "modeling_cache": set(),
     "modeling_classification": set(),
     "modeling_glm": {"configuration_chatglm", "modeling_chatglm", "modeling_classification"},
-    "modeling_layers": {"configuration_chatglm", "decoding_cpu", "kernels_layers", "linear_cpu"},
+    "modeling_layers": {"configuration_chatglm", "decoding_cpu", "kernels_layers", "kernels_llvm", "linear_cpu"},
     "modeling_pictures": {"configuration_vision", "generation_published"},
     "modeling_positions": set(),
     "modeling_prefix": set(),
