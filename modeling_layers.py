@@ -330,9 +330,8 @@ class ChatGLMAttention(nn.Module):
         if is_folded:
             module = FOLDED_HEADS
             query_states, key_states, value_states = self.fold_heads(query_states, key_states, value_states)
-        elif attention_mask is None or attention_mask.dtype == torch.bool:
-            if self.should_attend_in_float32(attention_interface, query_states, key_states):
-                query_states, key_states, value_states = (s.float() for s in (query_states, key_states, value_states))
+        elif self.should_attend_in_float32(attention_interface, query_states, key_states, attention_mask):
+            query_states, key_states, value_states = (s.float() for s in (query_states, key_states, value_states))
         attn_output, attn_weights = attention_interface(
             module,
             query_states,
@@ -358,7 +357,11 @@ class ChatGLMAttention(nn.Module):
         return [part.float() for part in folded] if is_slow else folded
 
     def should_attend_in_float32(
-        self, attention_interface: Callable, query_states: torch.Tensor, key_states: torch.Tensor
+        self,
+        attention_interface: Callable,
+        query_states: torch.Tensor,
+        key_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
     ) -> bool:
         """Whether prompts in float16 take less time in float32: in torch's CPU kernel, three quarters of it (2.13)."""
         return (
@@ -366,6 +369,8 @@ class ChatGLMAttention(nn.Module):
             and query_states.dtype == key_states.dtype == torch.float16
             and query_states.device.type == "cpu"
             and query_states.shape[2] >= LEAST_IN_FLOAT32
+            # Other masks have to have the dtype of the states.
+            and (attention_mask is None or attention_mask.dtype == torch.bool)
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
         )
