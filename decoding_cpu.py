@@ -36,7 +36,7 @@ from torch.nn.modules import module as torch_modules
 from transformers.cache_utils import Cache, DynamicCache
 
 from .kernels_decoding import ActivatingProgram, AddingProgram, TurningProgram, turns_pairs
-from .kernels_layers import LANES, AttentionProgram, NormProgram, find_addresses
+from .kernels_layers import LANES, AttentionProgram, NormProgram, count_places, find_addresses
 from .kernels_llvm import (
     HALF_DTYPES,
     PLAIN_TENSORS,
@@ -103,10 +103,9 @@ class States:
 
 
 def plan_product(linear: Any, x: torch.Tensor, output: torch.Tensor, states: States) -> list[Step]:
-    if linear._parameters.get("weight") is None or (linear.in_features, linear.out_features) != (
-        x.shape[1],
-        output.shape[1],
-    ):
+    fits_states = (linear.in_features, linear.out_features) == (x.shape[1], output.shape[1])
+    # A weight that is no parameter may be made anew for every call.
+    if linear._parameters.get("weight") is None or not fits_states:
         raise NoKernelError
     steps = linear.find_steps(x, output, states.scratch)
     if steps is None:
@@ -179,11 +178,6 @@ class CacheSteps:
             turning[TURNING[f"{name}_row_bytes"]] = row_bytes
             turning[TURNING[f"{name}_head_bytes"]] = attending[ATTENDING[f"{name}_head_bytes"]] = head_bytes
             attending[ATTENDING[f"{name}s"]], attending[ATTENDING[f"{name}_bytes"]] = address, key_bytes
-
-
-def count_places(num_keys: int) -> int:
-    """Places that scores of so many keys take."""
-    return -(-num_keys // LANES) * LANES
 
 
 def plan_attention(attention: Any, states: States) -> tuple[list[Step], CacheSteps]:

@@ -362,6 +362,11 @@ def head_distance(states: torch.Tensor) -> int | None:
     return head_stride * states.itemsize if is_even and channel_stride == 1 else None
 
 
+def count_places(num_keys: int) -> int:
+    """Places that scores of so many keys take: whole vectors."""
+    return -(-num_keys // LANES) * LANES
+
+
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor | None:
     """Attention of one token that sees all keys: `softmax(scaling * query @ key^T) @ value`, rounded once.
 
@@ -389,7 +394,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
     kernel = compile_kernel(AttentionProgram, dtype, head_dim, num_heads // num_key_heads, scaling)
     if kernel is None or (addresses := find_addresses(query, key, value)) is None:
         return None
-    num_places, num_tasks = -(-num_keys // LANES) * LANES, batch_size * num_key_heads
+    num_places, num_tasks = count_places(num_keys), batch_size * num_key_heads
     memory = torch.empty((batch_size * num_heads, num_places + head_dim), dtype=torch.float32, device="cpu")
     # Of one sequence this is no copy.
     query = query.reshape(batch_size, 1, num_heads * head_dim).contiguous()
@@ -407,6 +412,7 @@ __all__ = [
     "AttentionProgram",
     "NormProgram",
     "attend",
+    "count_places",
     "exponential",
     "find_addresses",
     "norm_rows",

@@ -592,7 +592,6 @@ def test_threads_and_numbers_of_threads(make_model: Callable[..., PreTrainedMode
         ]
 
     prompts = torch.randint(3, 80, (4, 1, 6))
-    alone = {}
     with torch.no_grad():
         for number in range(4):
             work(number)
