@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from .kernels_layers import LANES, PROCESSOR_FEATURES, exponential
-from .kernels_llvm import FLOATS, INTS, TasksProgram
+from .kernels_layers import LANES, exponential
+from .kernels_llvm import FEW_ROWS_FEATURES, FLOATS, INTS, TasksProgram
 
 
 # Numbers that a thread takes at a time.
@@ -43,7 +43,7 @@ class ColumnsProgram(TasksProgram):
         dtype: of what it reads and writes, if that is the same.
     """
 
-    features = PROCESSOR_FEATURES
+    features = FEW_ROWS_FEATURES
     common_arguments = ("next_column", "num_columns", "num_rows")
 
     def __init__(self, arguments: tuple[str, ...], dtype: torch.dtype) -> None:
@@ -154,7 +154,7 @@ class TurningProgram(TasksProgram):
         pair_distance: how far apart the channels of a pair are.
     """
 
-    features = PROCESSOR_FEATURES
+    features = FEW_ROWS_FEATURES
     # The tables of two rows are `table_bytes` apart, those of `spread_rotary_tables`: none, if they have the same.
     names = (
         "next_row", "num_rows", "qkv", "own", "partner", "table_bytes", "queries",

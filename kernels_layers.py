@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from .kernels_llvm import (
+    FEW_ROWS_FEATURES,
     FLOATS,
     HALF_DTYPES,
     INT32,
@@ -44,8 +45,7 @@ from .kernels_llvm import (
 
 
 FLOAT_DTYPES = (*HALF_DTYPES, torch.float32)
-# What the kernels need of the processor, and the lanes of the vectors that they are written in.
-PROCESSOR_FEATURES = ("avx2", "fma", "f16c")
+# The lanes of the vectors that the kernels are written in.
 LANES = 16
 # Numbers that one thread norms faster than torch's threads do; 32 tokens of ChatGLM3-6B.
 MOST_NORMED = 2**17
@@ -66,7 +66,7 @@ class NormProgram(TasksProgram):
         is_layer_norm: LayerNorm instead of RMSNorm.
     """
 
-    features = PROCESSOR_FEATURES
+    features = FEW_ROWS_FEATURES
     names = ("next_row", "num_rows", "states", "weight", "bias", "output", "length")
 
     def __init__(
@@ -199,7 +199,7 @@ class AttentionProgram(TasksProgram):
         scaling: what scores are multiplied with.
     """
 
-    features = PROCESSOR_FEATURES
+    features = FEW_ROWS_FEATURES
     # A row of `memory` has room for the scores of `num_places` keys, whole vectors, and for the sums of a head.
     names = (
         "next_head", "num_heads", "num_keys", "num_places", "memory", "queries", "output",
@@ -408,7 +408,6 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
 
 __all__ = [
     "LANES",
-    "PROCESSOR_FEATURES",
     "AttentionProgram",
     "NormProgram",
     "attend",

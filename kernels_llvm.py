@@ -60,6 +60,8 @@ CONVERTED_STREAMS = (8, 1536)
 LEAST_TASK_ROWS, MOST_TASK_ROWS = 32, 128
 TASKS_PER_THREAD = 4
 TASK_ROWS_STEP = 8
+# What kernels for a few rows need of a processor.
+FEW_ROWS_FEATURES = ("avx2", "fma", "f16c")
 # Processors that have these have 32 registers of 64 bytes; others that kernels are for have 16 of 32 bytes.
 WIDE_FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
@@ -634,6 +636,7 @@ def is_exporting() -> bool:
 __all__ = [
     "BFLOATS",
     "BYTES",
+    "FEW_ROWS_FEATURES",
     "FLOAT",
     "FLOATS",
     "HALF",

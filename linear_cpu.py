@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from .kernels_decoding import ConvertingProgram
 from .kernels_llvm import (
     BFLOATS,
+    FEW_ROWS_FEATURES,
     FLOATS,
     Kernel,
     RowsProgram,
@@ -80,7 +81,7 @@ class FloatProgram(RowsProgram):
         input_rows: rows of the input that are multiplied at a time.
     """
 
-    features = ("avx2", "fma", "f16c")
+    features = FEW_ROWS_FEATURES
     own_arguments = ("x", "in_features")
 
     def __init__(self, dtype: torch.dtype, input_rows: int) -> None:

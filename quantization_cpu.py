@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from .kernels_llvm import (
     BYTES,
+    FEW_ROWS_FEATURES,
     FLOAT,
     FLOATS,
     HALF_DTYPES,
@@ -64,8 +65,6 @@ DECODED_ROWS = 512
 
 # Dtypes of scales that the kernels read.
 FLOAT_DTYPES = (*HALF_DTYPES, torch.float32)
-# What the kernels need of the processor.
-PROCESSOR_FEATURES = ("avx2", "fma", "f16c")
 # What multiplying bytes needs.
 BYTES_FEATURES = (*WIDE_FEATURES, "avx512vnni")
 # Columns of the input that share a scale, as 16-bit numbers in four vectors of 64 bytes; and how many such blocks a
@@ -261,7 +260,7 @@ class RoundingProgram(TasksProgram):
     have to begin with instead of 0, `-8 * sum(numbers)`, is behind the bytes.
     """
 
-    features = PROCESSOR_FEATURES
+    features = FEW_ROWS_FEATURES
 
     def __init__(self, dtype: torch.dtype, bits: int, in_bytes: bool) -> None:
         self.dtype, self.bits, self.in_bytes = dtype, bits, in_bytes
@@ -336,7 +335,7 @@ class ProductProgram(RowsProgram):
         in_bytes: whether codes and inputs are multiplied as bytes, of int4 codes.
     """
 
-    features = PROCESSOR_FEATURES
+    features = FEW_ROWS_FEATURES
     own_arguments = ("weight_scale", "num_groups", "planes", "plane_scales", "num_blocks", "first_mask", "second_mask")
 
     def __init__(

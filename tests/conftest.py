@@ -270,6 +270,13 @@ def chatglm(source: Callable[[str], ModuleType]) -> SimpleNamespace:
     )
 
 
+@pytest.fixture
+def needs_kernels(source: Callable[[str], ModuleType]) -> None:
+    """For the rest of a test; other processors take torch's way everywhere."""
+    if not source("linear_cpu").HAS_KERNELS:
+        pytest.skip("needs a processor that the kernels are for, and llvmlite")
+
+
 @pytest.fixture(scope="session")
 def tiny_config(chatglm: SimpleNamespace) -> Callable[..., Any]:
     """A two-layer ChatGLM3 configuration; keyword arguments replace single values."""

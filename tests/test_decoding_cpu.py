@@ -45,13 +45,6 @@ def decoding(source: Source) -> ModuleType:
 
 
 @pytest.fixture
-def needs_kernels(decoding: ModuleType) -> None:
-    """For the rest of a test; other processors call the modules always."""
-    if not decoding.HAS_KERNELS:
-        pytest.skip("needs a processor that the kernels are for, and llvmlite")
-
-
-@pytest.fixture
 def calls(source: Source, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each token that all layers were asked for at once: whether they gave it."""
     found: list[bool] = []

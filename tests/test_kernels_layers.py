@@ -46,13 +46,6 @@ def layers(source: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture
-def needs_kernels(layers: ModuleType) -> None:
-    """For the rest of a test; other processors take torch's way everywhere."""
-    if not layers.HAS_KERNELS:
-        pytest.skip("needs a processor that the kernels are for, and llvmlite")
-
-
-@pytest.fixture
 def calls(source: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that models have used."""
     found: list[str] = []

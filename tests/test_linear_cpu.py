@@ -39,13 +39,6 @@ def linear_cpu(source: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture
-def needs_kernels(linear_cpu: ModuleType) -> None:
-    """For the rest of a test; other processors take torch's way everywhere."""
-    if not linear_cpu.HAS_KERNELS:
-        pytest.skip("needs a processor that the kernels are for, and llvmlite")
-
-
-@pytest.fixture
 def count_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """How many products kernels have computed since the last time, in whatever copy of the code."""
     calls: list[int] = []

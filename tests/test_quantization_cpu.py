@@ -61,13 +61,6 @@ def llvm_kernels(source: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture
-def needs_kernels(cpu: ModuleType) -> None:
-    """For the rest of a test; other processors take the ways of torch everywhere."""
-    if cpu.compile_kernel(cpu.RoundingProgram, torch.bfloat16, 8, False) is None:
-        pytest.skip("needs a processor that the kernels are for, and llvmlite")
-
-
-@pytest.fixture
 def two_threads() -> Any:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
