@@ -165,6 +165,12 @@ def decode_rows(rows: torch.Tensor, decoded: torch.Tensor) -> int:
     return 16
 
 
+def multiply_decoded(x: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+    """`x @ decoded^T`, where torch's threads read rows that they have decoded themselves, as others come slowly."""
+    # Of float32 it splits the rows of the first matrix, in 1/4 to 2/3 of the time for few rows of input (2.13).
+    return (decoded @ x.t()).t() if x.dtype == torch.float32 else x @ decoded.t()
+
+
 def multiply_many_rows(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
     """`x @ (code * scale)^T`, fast for many rows of `x`: some rows of the weight are decoded at a time.
 
@@ -182,12 +188,12 @@ def multiply_many_rows(x: torch.Tensor, weight: torch.Tensor, weight_scale: torc
         decoded = buffer[: len(rows)]
         row_scale = row_scale / decode_rows(rows, decoded)
         if num_groups == 1:
-            products.append((x @ decoded.t()).float().mul_(row_scale[:, 0]).to(x.dtype))
+            products.append(multiply_decoded(x, decoded).float().mul_(row_scale[:, 0]).to(x.dtype))
             continue
         # Even columns of all groups come first, then odd ones: a group has a part in each half.
         groups = decoded.view(len(rows), 2 if is_int4 else 1, num_groups, -1)
         groups.copy_(groups.float() * row_scale[:, None, :, None])
-        products.append(x @ decoded.t())
+        products.append(multiply_decoded(x, decoded))
     return torch.cat(products, dim=1)
 
 

@@ -169,7 +169,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--narrow", action="store_true", help="make the network 64 channels wide")
     parser.add_argument("--weights", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="WIDTH")
-    parser.add_argument("--dtypes", nargs="+", choices=("float16", "bfloat16"), default=["float16", "bfloat16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("float16", "bfloat16", "float32"), default=["float16", "bfloat16"]
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--prompt", type=int, default=32, help="tokens in the prompt")
     parser.add_argument("--tokens", type=int, default=40, help="tokens that are timed")
