@@ -247,12 +247,19 @@ class Plan:
         num_scores = len(hidden_states) * self.cache_steps[0].num_heads * (num_places + own.shape[-1])
         if self.memory.numel() < num_scores:
             self.memory = self.states.make((2 * num_scores,), torch.float32)
-        for layer in layers:
-            layer.add_place()
-        for steps, layer in zip(self.cache_steps, layers):
-            steps.aim(layer, own, partner, self.memory)
-        self.states.hidden.copy_(hidden_states[:, 0])
-        self.steps.run()
+        lengths = [layer.keys.shape[-2] for layer in layers]
+        try:
+            for layer in layers:
+                layer.add_place()
+            for steps, layer in zip(self.cache_steps, layers):
+                steps.aim(layer, own, partner, self.memory)
+            self.states.hidden.copy_(hidden_states[:, 0])
+            self.steps.run()
+        except BaseException:
+            # Whoever goes on with the cache, as `chat` does, would take what was not written for a token.
+            for layer, length in zip(layers, lengths):
+                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+            raise
         return self.states.hidden.clone()[:, None]
 
 
@@ -371,7 +378,9 @@ def decode(
     # Torch's name, 2.6 to 2.13.
     if not is_known or torch.is_autocast_enabled("cpu") or torch_modules._has_any_global_hook():
         return None
-    if type(cache) is not DynamicCache or cache.offloading or find_addresses(hidden_states, *tables) is None:
+    # `chat` has a class of its own, which puts tokens behind each other as this one does.
+    is_dynamic = isinstance(cache, DynamicCache) and type(cache).update is DynamicCache.update
+    if not is_dynamic or cache.offloading or find_addresses(hidden_states, *tables) is None:
         return None
     if not layers or (described := describe(layers)) is None or not fits(cache, num_rows, layers, shape[3], dtype):
         return None

@@ -555,6 +555,8 @@ class ChatGLMForConditionalGeneration(
         # CODEPATH: glm-4v-9b has eyes; the others read text alone.
         if pictures is not None:
             kwargs["pictures"] = pictures
+        # The library hands on to the model what `generate` was given for stop strings (5.17 to 5.23).
+        kwargs.pop("tokenizer", None)
         return super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
         )
