@@ -35,18 +35,16 @@ from torch import nn
 from torch.nn.modules import module as torch_modules
 from transformers.cache_utils import Cache, DynamicCache
 
-from .kernels_decoding import ActivatingProgram, AddingProgram, TurningProgram, turns_pairs
+from .kernels_decoding import ActivatingProgram, AddingProgram, Steps, TurningProgram, join_steps, turns_pairs
 from .kernels_layers import LANES, AttentionProgram, NormProgram, count_places, find_addresses
 from .kernels_llvm import (
     HALF_DTYPES,
     PLAIN_TENSORS,
     Program,
     Step,
-    Steps,
     can_run_kernels,
     compile_kernel,
     has_kernels,
-    join_steps,
 )
 from .modeling_cache import GrowingLayer
 

@@ -17,8 +17,7 @@ What is unusual here:
 
 - Where llvmlite is installed (numba brings it), kernels are written in LLVM's intermediate code and compiled when they
   are first needed, in about a tenth of a second, without a compiler or files.
-- They run in torch's own OpenMP threads, through the OpenMP library that torch has loaded: one of them at a time, or many
-  in a row by one call, with threads that wait for each other in between.
+- They run in torch's own OpenMP threads, through the OpenMP library that torch has loaded.
 """
 
 import ctypes
@@ -60,6 +59,8 @@ CONVERTED_STREAMS = (8, 1536)
 LEAST_TASK_ROWS, MOST_TASK_ROWS = 32, 128
 TASKS_PER_THREAD = 4
 TASK_ROWS_STEP = 8
+# Whose functions are those of the OpenMP library that it has loaded.
+TORCH_LIBRARY = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
 # What kernels for a few rows need of a processor.
 FEW_ROWS_FEATURES = ("avx2", "fma", "f16c")
 # Processors that have these have 32 registers of 64 bytes; others that kernels are for have 16 of 32 bytes.
@@ -73,7 +74,7 @@ WIDE_FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 if ir is not None:
     INT1, INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-    FLOAT, HALF, POINTER = ir.FloatType(), ir.HalfType(), ir.PointerType()
+    FLOAT, HALF, POINTER, VOID = ir.FloatType(), ir.HalfType(), ir.PointerType(), ir.VoidType()
 
     class BFloatType(ir.Type):
         """bfloat16, which llvmlite has no type for (0.45 to 0.50)."""
@@ -93,7 +94,9 @@ if ir is not None:
     )
     BFLOATS = ir.VectorType(BFloatType(), 32)
 else:
-    INT1 = INT8 = INT16 = INT32 = INT64 = FLOAT = HALF = POINTER = BYTES = WORDS = INTS = FLOATS = BFLOATS = None
+    INT1 = INT8 = INT16 = INT32 = INT64 = FLOAT = HALF = POINTER = VOID = BYTES = WORDS = INTS = FLOATS = BFLOATS = (
+        None
+    )
 
 
 class Program:
@@ -107,7 +110,7 @@ class Program:
 
     def __init__(self, num_arguments: int) -> None:
         self.module = ir.Module()
-        self.function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [INT64] * num_arguments), "run")
+        self.function = ir.Function(self.module, ir.FunctionType(VOID, [INT64] * num_arguments), "run")
         self.builder = ir.IRBuilder(self.function.append_basic_block())
 
     def constant(self, value: float, kind: Any = None) -> Any:
@@ -130,6 +133,12 @@ class Program:
         kind = ir.FunctionType(result, [argument.type for argument in arguments])
         function = self.module.globals.get(name) or ir.Function(self.module, kind, name)
         return self.builder.call(function, arguments)
+
+    def call_address(self, address: Any, result: Any, *arguments: Any) -> Any:
+        """A function of this process."""
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        address = self.constant(address) if isinstance(address, int) else address
+        return self.builder.call(self.builder.inttoptr(address, kind.as_pointer()), arguments)
 
     def pointer(self, address: Any) -> Any:
         return self.builder.inttoptr(address, POINTER)
@@ -219,7 +228,7 @@ class Program:
     def prefetch(self, address: Any) -> None:
         """Ask for 64 bytes that are read soon, into the second cache."""
         options = (self.constant(option, INT32) for option in (0, 2, 1))  # to read, second cache, data
-        self.call("llvm.prefetch.p0", ir.VoidType(), self.pointer(address), *options)
+        self.call("llvm.prefetch.p0", VOID, self.pointer(address), *options)
 
     def multiply_add(self, one: Any, other: Any, total: Any) -> Any:
         """`one * other + total` of floats, rounded once."""
@@ -287,33 +296,6 @@ class TasksProgram(Program):
     def work(self, first: Any) -> None:
         """What a thread does with the numbers that it has taken."""
         raise NotImplementedError
-
-
-class SequenceProgram(Program):
-    """A function that runs many [`TasksProgram`]s in the same threads, each when all threads are done with the one before.
-
-    Its argument is the address of 64-bit integers: how many programs there are, and for each the addresses of its code
-    and of its own argument, where what counts its tasks is set back.
-
-    Args:
-        barrier: the address of `GOMP_barrier()`, where a thread waits for the others.
-    """
-
-    def __init__(self, barrier: int) -> None:
-        super().__init__(1)
-        builder, (table,) = self.builder, self.function.args
-        nothing, one_address = ir.FunctionType(ir.VoidType(), []), ir.FunctionType(ir.VoidType(), [INT64])
-
-        def run(number: Any, _: list[Any]) -> list[Any]:
-            place = self.sum(table, 8, (number, 16))
-            argument = self.load(self.sum(place, 8), INT64)
-            builder.call(builder.inttoptr(self.load(place, INT64), one_address.as_pointer()), [argument])
-            builder.call(builder.inttoptr(self.constant(barrier), nothing.as_pointer()), [])
-            self.store(self.constant(0), argument)
-            return []
-
-        self.loop(self.constant(0), self.load(table, INT64), 1, [], run)
-        builder.ret_void()
 
 
 class RowsProgram(TasksProgram):
@@ -406,10 +388,10 @@ class Kernel:
         engine.detach()
 
 
-def load_openmp_function(name: str) -> Any:
-    """A function of the OpenMP library that torch uses, or `None`."""
+def load_function(name: str, library: str | None = TORCH_LIBRARY) -> Any:
+    """A function of a library, or `None`; by default of the OpenMP library that torch uses."""
     try:
-        return getattr(ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")), name)
+        return getattr(ctypes.CDLL(library), name)
     except (OSError, AttributeError):
         return None
 
@@ -417,7 +399,7 @@ def load_openmp_function(name: str) -> Any:
 @cache
 def load_openmp() -> Callable[..., None] | None:
     """`GOMP_parallel(function, argument, num_threads, flags)` of the OpenMP library that torch uses, if any."""
-    parallel = load_openmp_function("GOMP_parallel")
+    parallel = load_function("GOMP_parallel")
     if parallel is not None:
         parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         parallel.restype = None
@@ -593,27 +575,6 @@ def computed_by_steps(
 Scratch = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 
-class Steps:
-    """Steps that are run one after the other, all by one call, in as many threads as torch has."""
-
-    def __init__(self, kernel: Kernel, steps: list[Step]) -> None:
-        self.kernel, self.steps = kernel, steps
-        addresses = [(step.kernel.address, step.arguments.buffer_info()[0]) for step in steps]
-        self.table = array("Q", (len(steps), *(address for pair in addresses for address in pair)))
-
-    def run(self) -> None:
-        run_in_threads(self.kernel, self.table, count_threads(torch.get_num_threads()))
-
-
-def join_steps(steps: list[Step]) -> Steps | None:
-    """Steps in a row, where torch's OpenMP library lets threads wait for each other."""
-    barrier = load_openmp_function("GOMP_barrier")
-    if barrier is None:
-        return None
-    kernel = compile_kernel(SequenceProgram, ctypes.cast(barrier, ctypes.c_void_p).value)
-    return None if kernel is None else Steps(kernel, steps)
-
-
 def own_name(name: str) -> str:
     """`chatglm::name`, or with a number behind it if another checkpoint's copy of this file has taken that.
 
@@ -644,10 +605,12 @@ __all__ = [
     "INT1",
     "INT16",
     "INT32",
+    "INT64",
     "INT8",
     "INTS",
     "NO_BIAS_ADDRESS",
     "PLAIN_TENSORS",
+    "VOID",
     "WIDE_FEATURES",
     "WORDS",
     "Kernel",
@@ -655,7 +618,6 @@ __all__ = [
     "RowsProgram",
     "Scratch",
     "Step",
-    "Steps",
     "TasksProgram",
     "ask_for_large_pages",
     "can_add_bias",
@@ -666,9 +628,10 @@ __all__ = [
     "exchanged_lanes",
     "has_kernels",
     "is_exporting",
-    "join_steps",
+    "load_function",
     "own_name",
     "processor_has",
     "rows_at_a_time",
     "rows_step",
+    "run_in_threads",
 ]

@@ -11,9 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Conversations on a CPU: every way to ask for an answer computes a token by one call, and an interrupted one leaves nothing."""
+"""Conversations on a CPU: every way to ask for an answer computes a token by one call, in any number of threads, and what was
+interrupted leaves nothing.
+"""
 
 import copy
+import threading
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,7 +25,7 @@ import pytest
 import torch
 from generations import TINY, every_generation, every_generation_case
 from test_decoding_cpu import SIZES as TINY_SIZES
-from test_decoding_cpu import next_token
+from test_decoding_cpu import decode_tokens, next_token
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
 
@@ -155,3 +158,45 @@ def test_a_token_that_was_interrupted_is_not_held(
     for layer, before in zip(cache.layers, held.layers, strict=True):
         assert layer.keys.equal(before.keys) and layer.values.equal(before.values)
     assert model(**token, past_key_values=cache, use_cache=True).logits.equal(expected)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("needs_kernels")
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 13])
+def test_any_number_of_threads(num_threads: int, tiny_model: Callable[..., PreTrainedModel]) -> None:
+    """More than there are processors, too, beside those of another thread that models have computed in."""
+    model, before = tiny_model(**TINY_SIZES).bfloat16(), torch.get_num_threads()
+    expected = decode_tokens(model)
+    found: list[list[torch.Tensor]] = []
+    torch.set_num_threads(num_threads)
+    try:
+        decode_tokens(model)
+        thread = threading.Thread(target=lambda: found.append(decode_tokens(model)))
+        thread.start()
+        thread.join()
+        found.append(decode_tokens(model))
+    finally:
+        torch.set_num_threads(before)
+    for one in found:
+        assert all(tensor.equal(other) for tensor, other in zip(one, expected, strict=True))
+    assert len(found) == 2
+
+
+@pytest.mark.usefixtures("needs_kernels")
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_a_step_waits_for_the_one_before(num_threads: int, source: Callable[[str], ModuleType]) -> None:
+    kernels = source("kernels_decoding")
+    numbers = torch.ones(64 * kernels.TASK_COLUMNS, dtype=torch.bfloat16)
+    adding = kernels.compile_kernel(kernels.AddingProgram, numbers.dtype, 1.0)
+    # Each doubles in its place what the one before has doubled.
+    address, before = numbers.data_ptr(), torch.get_num_threads()
+    steps = [kernels.Step(adding, numbers.numel(), 1, address, address, address) for _ in range(100)]
+    joined = kernels.join_steps(steps)
+    torch.set_num_threads(num_threads)
+    try:
+        for _ in range(20):
+            numbers.fill_(2.0**-100)
+            joined.run()
+            assert numbers.eq(1).all()
+    finally:
+        torch.set_num_threads(before)

@@ -646,7 +646,7 @@ def test_forked_processes(make_model: Callable[..., PreTrainedModel]) -> None:
 
 
 @pytest.mark.usefixtures("needs_kernels")
-@pytest.mark.parametrize("fault", ["no kernels", "no barrier", "a program that does not compile"])
+@pytest.mark.parametrize("fault", ["no kernels", "no number of threads", "a program that does not compile"])
 def test_without_kernels_the_modules_are_called(
     fault: str,
     decoding: ModuleType,
@@ -661,8 +661,8 @@ def test_without_kernels_the_modules_are_called(
     calls.clear()
     if fault == "no kernels":
         monkeypatch.setattr(decoding, "HAS_KERNELS", False)
-    elif fault == "no barrier":
-        monkeypatch.setattr(source("kernels_llvm"), "load_openmp_function", lambda name: None)
+    elif fault == "no number of threads":
+        monkeypatch.setattr(source("kernels_decoding"), "load_function", lambda *args, **kwargs: None)
     else:
         monkeypatch.setattr(decoding, "compile_kernel", lambda *args: None)
     assert_same(decode_tokens(model), expected)
