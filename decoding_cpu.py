@@ -241,11 +241,11 @@ class Plan:
             return None
         own, partner = tables
         layers = [cache.layers[steps.layer_idx] for steps in self.cache_steps]
-        num_places = count_places(1 + max(layer.keys.shape[-2] for layer in layers))
+        lengths = [layer.keys.shape[-2] for layer in layers]
+        num_places = count_places(1 + max(lengths))
         num_scores = len(hidden_states) * self.cache_steps[0].num_heads * (num_places + own.shape[-1])
         if self.memory.numel() < num_scores:
             self.memory = self.states.make((2 * num_scores,), torch.float32)
-        lengths = [layer.keys.shape[-2] for layer in layers]
         try:
             for layer in layers:
                 layer.add_place()

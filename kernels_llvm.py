@@ -94,9 +94,8 @@ if ir is not None:
     )
     BFLOATS = ir.VectorType(BFloatType(), 32)
 else:
-    INT1 = INT8 = INT16 = INT32 = INT64 = FLOAT = HALF = POINTER = VOID = BYTES = WORDS = INTS = FLOATS = BFLOATS = (
-        None
-    )
+    INT1 = INT8 = INT16 = INT32 = INT64 = FLOAT = HALF = POINTER = VOID = None
+    BYTES = WORDS = INTS = FLOATS = BFLOATS = None
 
 
 class Program:
@@ -137,8 +136,7 @@ class Program:
     def call_address(self, address: Any, result: Any, *arguments: Any) -> Any:
         """A function of this process."""
         kind = ir.FunctionType(result, [argument.type for argument in arguments])
-        address = self.constant(address) if isinstance(address, int) else address
-        return self.builder.call(self.builder.inttoptr(address, kind.as_pointer()), arguments)
+        return self.builder.call(self.builder.inttoptr(self.sum(address), kind.as_pointer()), arguments)
 
     def pointer(self, address: Any) -> Any:
         return self.builder.inttoptr(address, POINTER)

@@ -36,6 +36,7 @@ from .kernels_llvm import (
     INT32,
     INTS,
     NO_BIAS_ADDRESS,
+    WIDE_FEATURES,
     Kernel,
     Program,
     Step,
@@ -47,7 +48,7 @@ from .kernels_llvm import (
 )
 
 
-PROCESSOR_FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16")
+PROCESSOR_FEATURES = (*WIDE_FEATURES, "avx512bf16")
 # Rows of the weight that a thread takes at a time: two vectors of 16.
 PANEL_ROWS = 32
 # Rows of the input that are multiplied at a time. With the sums of 12 the registers are full; up to 16 rows are two
@@ -337,4 +338,13 @@ def multiply_matrices(
     return output
 
 
-__all__ = ["find_matmul", "multiply_matrices"]
+def multiply_new_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`x @ rows^T` by torch, `[n, in]` and `[m, in]` -> `[n, m]`, of rows of a weight that it has just converted or decoded.
+
+    Each thread should read the rows that it has written itself, as those of others come slowly.
+    """
+    # In float32 threads split the rows of the first matrix: 1/4 to 2/3 of the time for few rows of input (2.13).
+    return (rows @ x.t()).t() if x.dtype == torch.float32 else x @ rows.t()
+
+
+__all__ = ["find_matmul", "multiply_matrices", "multiply_new_rows"]

@@ -54,6 +54,7 @@ from .kernels_llvm import (
     rows_at_a_time,
     rows_step,
 )
+from .kernels_matmul import multiply_new_rows
 
 
 # torch's int4 operator wants codes plus 8, as unsigned numbers. That flips the highest bit of each, here of the four
@@ -165,12 +166,6 @@ def decode_rows(rows: torch.Tensor, decoded: torch.Tensor) -> int:
     return 16
 
 
-def multiply_decoded(x: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-    """`x @ decoded^T`, where torch's threads read rows that they have decoded themselves, as others come slowly."""
-    # Of float32 it splits the rows of the first matrix, in 1/4 to 2/3 of the time for few rows of input (2.13).
-    return (decoded @ x.t()).t() if x.dtype == torch.float32 else x @ decoded.t()
-
-
 def multiply_many_rows(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
     """`x @ (code * scale)^T`, fast for many rows of `x`: some rows of the weight are decoded at a time.
 
@@ -188,12 +183,12 @@ def multiply_many_rows(x: torch.Tensor, weight: torch.Tensor, weight_scale: torc
         decoded = buffer[: len(rows)]
         row_scale = row_scale / decode_rows(rows, decoded)
         if num_groups == 1:
-            products.append(multiply_decoded(x, decoded).float().mul_(row_scale[:, 0]).to(x.dtype))
+            products.append(multiply_new_rows(x, decoded).float().mul_(row_scale[:, 0]).to(x.dtype))
             continue
         # Even columns of all groups come first, then odd ones: a group has a part in each half.
         groups = decoded.view(len(rows), 2 if is_int4 else 1, num_groups, -1)
         groups.copy_(groups.float() * row_scale[:, None, :, None])
-        products.append(multiply_decoded(x, decoded))
+        products.append(multiply_new_rows(x, decoded))
     return torch.cat(products, dim=1)
 
 

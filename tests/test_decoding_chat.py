@@ -24,8 +24,7 @@ from typing import Any
 import pytest
 import torch
 from generations import TINY, every_generation, every_generation_case
-from test_decoding_cpu import SIZES as TINY_SIZES
-from test_decoding_cpu import decode_tokens, next_token
+from test_decoding_cpu import SIZES, decode_tokens, next_token
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
 
@@ -33,8 +32,6 @@ Model = Any
 Pair = tuple[Model, PreTrainedTokenizerBase]
 NUM_TOKENS = 6
 GREEDY = {"do_sample": False, "max_new_tokens": NUM_TOKENS, "eos_token_id": None}
-# Widths that there are kernels for.
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 
 
 class Interrupt(KeyboardInterrupt):
@@ -136,7 +133,7 @@ def test_a_token_that_was_interrupted_is_not_held(
     source: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = tiny_model(**{**TINY[version], **TINY_SIZES}).bfloat16()
+    model = tiny_model(**{**TINY[version], **SIZES}).bfloat16()
     token = next_token(model, 2)
     cache = model(torch.randint(3, 80, (2, 6)), use_cache=True).past_key_values
     held, interrupted = copy.deepcopy(cache), []
@@ -165,7 +162,7 @@ def test_a_token_that_was_interrupted_is_not_held(
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 13])
 def test_any_number_of_threads(num_threads: int, tiny_model: Callable[..., PreTrainedModel]) -> None:
     """More than there are processors, too, beside those of another thread that models have computed in."""
-    model, before = tiny_model(**TINY_SIZES).bfloat16(), torch.get_num_threads()
+    model, before = tiny_model(**SIZES).bfloat16(), torch.get_num_threads()
     expected = decode_tokens(model)
     found: list[list[torch.Tensor]] = []
     torch.set_num_threads(num_threads)

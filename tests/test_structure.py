@@ -86,7 +86,7 @@ ARROWS: dict[str, set[str]] = {
     "modeling_prefix": set(),
     "processing_chatglm": set(),
     "quantization": {"linear_cpu", "quantization_kernels", "quantization_layers", "quantization_others"},
-    "quantization_cpu": {"kernels_llvm"},
+    "quantization_cpu": {"kernels_llvm", "kernels_matmul"},
     "quantization_kernels": {"kernels_llvm", "kernels_matmul", "quantization_cpu", "quantization_triton"},
     "quantization_layers": {"kernels_llvm", "quantization_kernels"},
     "quantization_others": {"linear_cpu"},
