@@ -117,9 +117,9 @@ class Program:
         kind = INT64 if kind is None else kind
         return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
 
-    def lanes(self, numbers: Sequence[int]) -> Any:
-        """A vector of 32-bit integers."""
-        return ir.Constant(ir.VectorType(INT32, len(numbers)), list(numbers))
+    def lanes(self, numbers: Sequence[int], kind: Any = None) -> Any:
+        """A vector of integers, of 32 bits by default."""
+        return ir.Constant(ir.VectorType(INT32 if kind is None else kind, len(numbers)), list(numbers))
 
     def vector(self, kind: Any, lanes: int) -> Any:
         return ir.VectorType(kind, lanes)

@@ -17,11 +17,13 @@ What is unusual here:
 
 - The weight is float16, or the published bytes of int8 and int4 codes. A thread takes 32 of its rows, decodes some
   columns of them into bfloat16, in the order in which they are multiplied, and multiplies them with the whole input
-  while they are in the processor's cache. No more of the weight is ever decoded.
+  while they are in the processor's cache. No more of the weight is ever decoded. While it multiplies the last rows of
+  the input, it asks for what it decodes next.
 - The input is rounded to bfloat16 and put in order once. Sums are float32; the scale of a row is applied to them, the
   bias is added, and the result is rounded once. Torch's own products of bfloat16 round their result to bfloat16.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,14 +31,14 @@ import torch
 from .kernels_llvm import (
     BFLOATS,
     FLOATS,
-    HALF,
     HALF_DTYPES,
-    INT8,
     INT16,
     INT32,
+    INT64,
     INTS,
     NO_BIAS_ADDRESS,
     WIDE_FEATURES,
+    WORDS,
     Kernel,
     Program,
     Step,
@@ -51,21 +53,38 @@ from .kernels_llvm import (
 PROCESSOR_FEATURES = (*WIDE_FEATURES, "avx512bf16")
 # Rows of the weight that a thread takes at a time: two vectors of 16.
 PANEL_ROWS = 32
-# Rows of the input that are multiplied at a time. With the sums of 12 the registers are full; up to 16 rows are two
-# tiles of 8.
-TILE_ROWS = 12
-FEW_TILE_ROWS = 8
+# Rows of the input that are multiplied at a time. With the sums of 12 the registers are full. The last tiles are of 8:
+# of both, tiles are made for any number of rows.
+WIDE_TILE_ROWS, TILE_ROWS = 12, 8
+# Rows of the input that are put in order at a time, in tiles of either kind.
+PACKED_ROWS = 4
 # Columns that are decoded at a time: 128 KiB of bfloat16, which stay in the second cache.
 PANEL_COLUMNS = 2048
-# Columns of a row that are decoded in one step: 16 pairs.
+# Columns of the input that are put in order in one step: 16 pairs.
 STEP_COLUMNS = 32
+# Of eight int4 codes in 32 bits, a shift brings two that are so many columns from each other to the lowest bits of each
+# 16. They become a pair.
+INT4_PAIR_DISTANCE = 4
+# The float32 that has a byte as its lowest bits, minus this, is what the byte is minus 128.
+BYTE_FLOAT_BITS, BYTE_FLOAT = 0x4B000000, 2.0**23 + 128
+LINE_BYTES = 64
 # Bytes of the input that are put in order at a time: they stay in the third cache while all of the weight passes by.
 INPUT_BYTES = 2**23
 
 
-def choose_tile_rows(num_rows: int) -> int:
-    """Rows of a tile for an input of so many rows."""
-    return FEW_TILE_ROWS if num_rows <= 2 * FEW_TILE_ROWS else TILE_ROWS
+def count_line_columns(bits: int | None) -> int:
+    """Columns of a row of the weight that are decoded in one step, as 64 bytes come from memory together."""
+    return 8 * LINE_BYTES // (bits or 16)
+
+
+def split_rows(num_rows: int) -> tuple[int, int]:
+    """How many wide and how many other tiles an input of so many rows has; with fewer than 4 rows too many, or 8 up to 20."""
+    fours = -(-num_rows // 4)
+    for num_tiles in (2, 3, 4):
+        num_wide, rest = divmod(fours - 2 * num_tiles, 3)
+        if num_wide >= 0 and rest == 0:
+            return num_wide, num_tiles
+    return 0, -(-num_rows // TILE_ROWS)
 
 
 def load_pairs(program: Program, address: Any, dtype: torch.dtype) -> Any:
@@ -78,54 +97,79 @@ def load_pairs(program: Program, address: Any, dtype: torch.dtype) -> Any:
     return program.builder.bitcast(pairs, INTS)
 
 
-def transpose(program: Program, rows: list[Any]) -> list[Any]:
-    """16 vectors of 16 pairs, of rows, as vectors of columns."""
-    for bit in (1, 2, 4, 8):
+def transpose(program: Program, vectors: list[Any]) -> list[Any]:
+    """16 vectors of 16 pairs, of rows, as vectors of columns. Of 4 vectors, each four lanes are exchanged so."""
+    bit = 1
+    while bit < len(vectors):
         # Vectors whose numbers differ in one bit exchange the lanes whose numbers differ in it.
         kept, given = exchanged_lanes(bit)
-        exchanged = list(rows)
-        for number in range(16):
+        exchanged = list(vectors)
+        for number in range(len(vectors)):
             if not number & bit:
-                one, other = rows[number], rows[number | bit]
+                one, other = vectors[number], vectors[number | bit]
                 exchanged[number] = program.pick(one, kept, other)
                 exchanged[number | bit] = program.pick(one, given, other)
-        rows = exchanged
-    return rows
+        vectors, bit = exchanged, 2 * bit
+    return vectors
 
 
 class PackingProgram(TasksProgram):
-    """A function that rounds the input to bfloat16, in tiles of some rows: `[tiles, in / 2, tile_rows, 2]`.
+    """A function that rounds the input to bfloat16, in tiles of some rows: `[tiles, in / 2, tile rows, 2]`.
 
     Rows behind the last one are the last one again.
+
+    Args:
+        dtype: of the input, float16 or bfloat16.
+        pair_distance: how far from each other the columns of a pair are.
     """
 
     features = PROCESSOR_FEATURES
 
-    def __init__(self, dtype: torch.dtype, tile_rows: int) -> None:
-        self.dtype, self.tile_rows = dtype, tile_rows
-        super().__init__(("next_tile", "num_tiles", "x", "num_rows", "in_features", "packed"), 1, "num_tiles")
+    def __init__(self, dtype: torch.dtype, pair_distance: int) -> None:
+        self.dtype, self.pair_distance = dtype, pair_distance
+        super().__init__(
+            ("next_row", "rows_in_tiles", "rows_in_wide_tiles", "x", "num_rows", "in_features", "packed"),
+            PACKED_ROWS,
+            "rows_in_tiles",
+        )
 
-    def work(self, tile: Any) -> None:
-        arguments = self.arguments
+    def work(self, row: Any) -> None:
+        arguments, builder = self.arguments, self.builder
         last_row = self.sum(arguments["num_rows"], -1)
-        rows = [self.smaller(self.sum((tile, self.tile_rows), step), last_row) for step in range(self.tile_rows)]
+        rows = [self.smaller(self.sum(row, step), last_row) for step in range(PACKED_ROWS)]
         rows = [self.sum(arguments["x"], (self.sum((row, arguments["in_features"])), 2)) for row in rows]
-        target = self.sum(arguments["packed"], (self.sum((tile, arguments["in_features"])), 2 * self.tile_rows))
+        wide_rows = arguments["rows_in_wide_tiles"]
+        is_wide = builder.icmp_signed("<", row, wide_rows)
+        tile_rows = builder.select(is_wide, self.constant(WIDE_TILE_ROWS), self.constant(TILE_ROWS))
+        start = builder.select(is_wide, self.constant(0), wide_rows)
+        row_in_tile = builder.urem(builder.sub(row, start), tile_rows)
+        tile = self.sum(arguments["packed"], (builder.sub(row, row_in_tile), self.sum((arguments["in_features"], 2))))
+        target = self.sum(tile, (row_in_tile, 4))
 
         def pack(column: Any, _: list[Any]) -> list[Any]:
-            pairs = [load_pairs(self, self.sum(row, (column, 2)), self.dtype) for row in rows]
-            pairs += [self.constant(0, INTS)] * (16 - self.tile_rows)
-            for number, vector in enumerate(transpose(self, pairs)):
-                place = self.sum(target, (column, 2 * self.tile_rows), 4 * self.tile_rows * number)
-                self.store(self.pick(vector, range(self.tile_rows)), place)
+            pairs = [self.load_ordered_pairs(self.sum(row, (column, 2))) for row in rows]
+            for first, vector in enumerate(transpose(self, pairs)):
+                for four in range(4):
+                    pair = self.sum(builder.lshr(column, self.constant(1)), 4 * four + first)
+                    number = self.pick(vector, range(4 * four, 4 * four + 4))
+                    self.store(number, self.sum(target, (self.sum((pair, tile_rows)), 4)))
             return []
 
         self.loop(self.constant(0), arguments["in_features"], STEP_COLUMNS, [], pack)
 
+    def load_ordered_pairs(self, address: Any) -> Any:
+        pairs, distance = load_pairs(self, address, self.dtype), self.pair_distance
+        if distance == 1:
+            return pairs
+        columns = range(0, STEP_COLUMNS, 2 * distance)
+        order = [start + column + part for start in columns for column in range(distance) for part in (0, distance)]
+        return self.builder.bitcast(self.pick(self.builder.bitcast(pairs, WORDS), order), INTS)
+
 
 MATMUL_ARGUMENTS = (
     "next_row", "out_features", "next_thread", "memory", "memory_bytes", "weight", "row_bytes", "weight_scale",
-    "num_groups", "packed", "num_tiles", "in_features", "output", "num_rows", "bias", "bias_step",
+    "num_groups", "packed", "rows_in_tiles", "rows_in_wide_tiles", "in_features", "output", "num_rows", "bias",
+    "bias_step",
 )  # fmt: skip
 
 
@@ -140,21 +184,15 @@ class MatmulProgram(TasksProgram):
         group_size: columns of int4 codes that share a scale; `None` for whole rows.
         scale_dtype: of the weight's scales, if any.
         dtype: of the bias and the output, float16 or bfloat16.
-        tile_rows: rows of the input that are multiplied at a time.
     """
 
     features = PROCESSOR_FEATURES
 
     def __init__(
-        self,
-        bits: int | None,
-        group_size: int | None,
-        scale_dtype: torch.dtype | None,
-        dtype: torch.dtype,
-        tile_rows: int,
+        self, bits: int | None, group_size: int | None, scale_dtype: torch.dtype | None, dtype: torch.dtype
     ) -> None:
         self.bits, self.group_size, self.scale_dtype, self.dtype = bits, group_size, scale_dtype, dtype
-        self.tile_rows = tile_rows
+        self.step_columns = count_line_columns(bits)
         super().__init__(MATMUL_ARGUMENTS, PANEL_ROWS, "out_features")
 
     def begin(self) -> None:
@@ -174,80 +212,160 @@ class MatmulProgram(TasksProgram):
 
         def multiply(start: Any, _: list[Any]) -> list[Any]:
             stop = self.smaller(self.sum(start, PANEL_COLUMNS), arguments["in_features"])
-            self.loop(start, stop, STEP_COLUMNS, [], lambda column, _: self.decode_columns(row, start, column))
-            num_pairs = self.builder.lshr(self.sum(stop, (start, -1)), self.constant(1))
-            tiles = arguments["num_tiles"]
-            self.loop(self.constant(0), tiles, 1, [], lambda tile, _: self.multiply_tile(tile, start, num_pairs))
+            self.loop(start, stop, self.step_columns, [], lambda column, _: self.decode_columns(row, start, column))
+            self.multiply_tiles(row, start, stop)
             return []
 
-        self.loop(self.constant(0), self.sum((arguments["num_tiles"], 2 * self.tile_rows)), 1, [], clear)
+        self.loop(self.constant(0), self.sum((arguments["rows_in_tiles"], 2)), 1, [], clear)
         self.loop(self.constant(0), arguments["in_features"], PANEL_COLUMNS, [], multiply)
         self.loop(self.constant(0), arguments["num_rows"], 1, [], lambda input_row, _: self.finish(row, input_row))
 
     def decode_columns(self, row: Any, start: Any, column: Any) -> list[Any]:
-        """Write 32 columns of 32 rows of the weight into the panel, which starts with another column."""
+        """Write 64 bytes of 32 rows of the weight into the panel, which starts with another column.
+
+        Codes change places before they are decoded, as they are half or a quarter of what they become.
+        """
+        arguments = self.arguments
+        num_bytes = self.builder.lshr(self.builder.mul(column, self.constant(self.bits or 16)), self.constant(3))
         for half in (0, 1):
-            pairs = [self.decode(self.sum(row, 16 * half + step), column) for step in range(16)]
-            for number, vector in enumerate(transpose(self, pairs)):
+            first_row = self.sum(row, 16 * half)
+            address = self.sum(arguments["weight"], (first_row, arguments["row_bytes"]), num_bytes)
+            rows = [self.sum(address, (arguments["row_bytes"], step)) for step in range(16)]
+            dtype = torch.float16 if self.bits is None else torch.bfloat16
+            pairs = transpose(self, [load_pairs(self, row, dtype) for row in rows])
+            if self.bits is not None:
+                pairs = [pair for codes in pairs for pair in self.decode(codes)]
+            if self.group_size is not None and self.scale_dtype is not None:
+                pairs = self.scale_pairs(pairs, first_row, column, self.group_size, self.scale_dtype)
+            for number, pair in enumerate(pairs):
                 place = self.sum(self.panel, (column, 2 * PANEL_ROWS), (start, -2 * PANEL_ROWS))
-                self.store(vector, self.sum(place, 4 * PANEL_ROWS * number + 64 * half))
+                self.store(pair, self.sum(place, 4 * PANEL_ROWS * number + 64 * half))
         return []
 
-    def decode(self, row: Any, column: Any) -> Any:
-        """32 columns of a row of the weight, as 16 pairs of bfloat16."""
+    def decode(self, codes: Any) -> list[Any]:
+        """The codes in 32 bits of each row as pairs of bfloat16."""
+        return self.decode_bytes(codes) if self.bits == 8 else self.decode_nibbles(codes)
+
+    def decode_bytes(self, codes: Any) -> list[Any]:
+        """Two pairs, of four int8 codes."""
+        builder, floats = self.builder, []
+        codes = builder.xor(codes, self.constant(-0x7F7F7F80, INTS))  # the codes plus 128
+        for place in (0, 8, 16, 24):
+            byte = builder.and_(builder.lshr(codes, self.constant(place, INTS)), self.constant(255, INTS))
+            bits = builder.or_(byte, self.constant(BYTE_FLOAT_BITS, INTS))
+            floats.append(builder.fsub(builder.bitcast(bits, FLOATS), self.constant(BYTE_FLOAT, FLOATS)))
+        return [self.join_pair(*floats[:2]), self.join_pair(*floats[2:])]
+
+    def join_pair(self, *floats: Any) -> Any:
+        """A pair of float32 that are bfloat16 already."""
         builder = self.builder
-        address = self.sum(self.arguments["weight"], (row, self.arguments["row_bytes"]))
-        if self.bits is None:
-            return load_pairs(self, self.sum(address, (column, 2)), torch.float16)
-        # A pair of codes is 16 bits or 8: moved to the top and back down again, each repeats its sign.
-        if self.bits == 8:
-            pairs = builder.sext(self.load(self.sum(address, column), self.vector(INT16, 16)), INTS)
-            unused = (24, 16)
-        else:
-            half = builder.lshr(column, self.constant(1))
-            pairs = builder.sext(self.load(self.sum(address, half), self.vector(INT8, 16)), INTS)
-            unused = (24, 28)  # the first of two int4 codes has the high bits
-        moved = [builder.shl(pairs, self.constant(bits, INTS)) for bits in unused]
-        codes = [builder.ashr(bits, self.constant(32 - self.bits, INTS)) for bits in moved]
-        first, last = (builder.sitofp(code, FLOATS) for code in codes)
-        if self.group_size is None or self.scale_dtype is None:
-            # Codes are bfloat16 as they are: the first 16 bits of a float32.
-            high = builder.and_(builder.bitcast(last, INTS), self.constant(-(2**16), INTS))
-            return builder.or_(builder.lshr(builder.bitcast(first, INTS), self.constant(16, INTS)), high)
-        group = builder.udiv(column, self.constant(self.group_size))
-        place = self.sum((row, self.arguments["num_groups"]), group)
-        scale = self.load_float(
-            self.sum(self.arguments["weight_scale"], (place, self.scale_dtype.itemsize)), self.scale_dtype
-        )
-        scales = self.spread(scale, FLOATS.count)
-        low, high = (self.round_to_bfloats(builder.fmul(codes, scales)) for codes in (first, last))
-        words = self.vector(INT16, 16)
-        low, high = (builder.zext(builder.bitcast(bits, words), INTS) for bits in (low, high))
-        return builder.or_(low, builder.shl(high, self.constant(16, INTS)))
+        first, last = (builder.bitcast(number, INTS) for number in floats)
+        high_bits = builder.and_(last, self.constant(-(2**16), INTS))
+        return builder.or_(builder.lshr(first, self.constant(16, INTS)), high_bits)
 
-    def round_to_bfloats(self, floats: Any) -> Any:
-        return self.call("llvm.x86.avx512bf16.cvtneps2bf16.512", self.vector(BFLOATS.element, 16), floats)
+    def decode_nibbles(self, codes: Any) -> list[Any]:
+        """Four pairs, of eight int4 codes, which are looked up by five bits: the first of them is another code's."""
+        builder = self.builder
+        values = torch.tensor([*range(8), *range(-8, 0)] * 2).bfloat16().view(torch.int16)
+        table = self.lanes(values.tolist(), INT16)
+        pairs = []
+        for place in (4, 0, 12, 8):  # the first of the two codes in a byte has the high bits
+            words = builder.bitcast(builder.lshr(codes, self.constant(place, INTS)), WORDS)
+            pairs.append(builder.bitcast(self.call("llvm.x86.avx512.permvar.hi.512", WORDS, table, words), INTS))
+        return pairs
 
-    def multiply_tile(self, tile: Any, start: Any, num_pairs: Any) -> list[Any]:
+    def scale_pairs(self, pairs: list[Any], row: Any, column: Any, group_size: int, dtype: torch.dtype) -> list[Any]:
+        """Pairs of 16 rows times the scales of their groups, rounded to bfloat16."""
+        builder, scales, scaled = self.builder, None, []
+        for number, pair in enumerate(pairs):
+            if number % (group_size // 2) == 0:
+                group = builder.udiv(self.sum(column, 2 * number), self.constant(group_size))
+                scales = self.load_scales(row, group, dtype)
+            high_bits = builder.and_(pair, self.constant(-(2**16), INTS))
+            parts = (builder.shl(pair, self.constant(16, INTS)), high_bits)
+            first, last = (builder.fmul(builder.bitcast(part, FLOATS), scales) for part in parts)
+            rounded = self.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", BFLOATS, last, first)
+            order = [lane + part for lane in range(16) for part in (0, 16)]
+            scaled.append(builder.bitcast(self.pick(builder.bitcast(rounded, WORDS), order), INTS))
+        return scaled
+
+    def load_scales(self, row: Any, group: Any, dtype: torch.dtype) -> Any:
+        """The scales of 16 rows in one group, as float32."""
+        arguments, scales = self.arguments, self.undefined(FLOATS)
+        for step in range(FLOATS.count):
+            place = self.sum((self.sum(row, step), arguments["num_groups"]), group)
+            scale = self.load_float(self.sum(arguments["weight_scale"], (place, dtype.itemsize)), dtype)
+            scales = self.builder.insert_element(scales, scale, self.constant(step, INT32))
+        return scales
+
+    def multiply_tiles(self, row: Any, start: Any, stop: Any) -> None:
+        """Multiply the panel with the whole input, and with the last tiles ask for what this thread decodes next."""
+        builder, arguments = self.builder, self.arguments
+        num_pairs = builder.lshr(builder.sub(stop, start), self.constant(1))
+        rows, wide_rows = arguments["rows_in_tiles"], arguments["rows_in_wide_tiles"]
+        next_panel = self.find_next_panel(row, stop)
+        num_steps = builder.mul(builder.sub(rows, wide_rows), num_pairs)
+        row_lines = PANEL_COLUMNS // self.step_columns
+        # In units of 2^-16, for a row of a tile.
+        lines = builder.udiv(self.constant(PANEL_ROWS * row_lines << 16), num_steps)
+
+        def prefetch(step: Any) -> None:
+            line = builder.lshr(builder.mul(step, lines), self.constant(16))
+            row = builder.udiv(line, self.constant(row_lines))
+            place = builder.urem(line, self.constant(row_lines))
+            self.prefetch(self.sum(next_panel, (row, arguments["row_bytes"]), (place, LINE_BYTES)))
+
+        def multiply_wide(first_row: Any, _: list[Any]) -> list[Any]:
+            return self.multiply_tile(WIDE_TILE_ROWS, first_row, start, num_pairs)
+
+        def multiply(first_row: Any, _: list[Any]) -> list[Any]:
+            first_step = builder.mul(builder.sub(first_row, wide_rows), num_pairs)
+            return self.multiply_tile(
+                TILE_ROWS, first_row, start, num_pairs, lambda pair: prefetch(self.sum(first_step, (pair, TILE_ROWS)))
+            )
+
+        self.loop(self.constant(0), wide_rows, WIDE_TILE_ROWS, [], multiply_wide)
+        self.loop(wide_rows, rows, TILE_ROWS, [], multiply)
+
+    def find_next_panel(self, row: Any, column: Any) -> Any:
+        """The address of the next columns of these rows, or of the rows that are taken next."""
+        builder, arguments = self.builder, self.arguments
+        is_last = builder.icmp_signed(">=", column, arguments["in_features"])
+        next_row = builder.load_atomic(self.pointer(self.function.args[0]), "monotonic", 8, typ=INT64)
+        next_row = self.smaller(next_row, self.sum(arguments["out_features"], -PANEL_ROWS))
+        row, column = builder.select(is_last, next_row, row), builder.select(is_last, self.constant(0), column)
+        num_bytes = builder.lshr(builder.mul(column, self.constant(self.bits or 16)), self.constant(3))
+        return self.sum(arguments["weight"], (row, arguments["row_bytes"]), num_bytes)
+
+    def multiply_tile(
+        self,
+        tile_rows: int,
+        first_row: Any,
+        start: Any,
+        num_pairs: Any,
+        prefetch: Callable[[Any], None] = lambda pair: None,
+    ) -> list[Any]:
         """Add the products of the panel and of the rows of a tile of the input to their sums."""
-        builder = self.builder
-        sums_address = self.sum(self.sums, (tile, 4 * PANEL_ROWS * self.tile_rows))
-        packed = self.sum((tile, self.arguments["in_features"]), start)
-        packed = self.sum(self.arguments["packed"], (packed, 2 * self.tile_rows))
+        builder, arguments = self.builder, self.arguments
+        sums_address = self.sum(self.sums, (first_row, 4 * PANEL_ROWS))
+        packed = self.sum(
+            arguments["packed"], (first_row, self.sum((arguments["in_features"], 2))), (start, 2 * tile_rows)
+        )
 
         def multiply_pairs(pair: Any, sums: list[Any]) -> list[Any]:
+            prefetch(pair)
             panel = self.sum(self.panel, (pair, 4 * PANEL_ROWS))
             weights = [self.load(self.sum(panel, 64 * half), BFLOATS) for half in (0, 1)]
             changed: list[Any] = []
-            for row in range(self.tile_rows):
-                inputs = self.load(self.sum(packed, (pair, 4 * self.tile_rows), 4 * row), INT32)
+            for row in range(tile_rows):
+                inputs = self.load(self.sum(packed, (pair, 4 * tile_rows), 4 * row), INT32)
                 inputs = builder.bitcast(self.spread(inputs, INTS.count), BFLOATS)
                 for weight in weights:
                     total = sums[len(changed)]
                     changed.append(self.call("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, total, weight, inputs))
             return changed
 
-        places = [self.sum(sums_address, 64 * number) for number in range(2 * self.tile_rows)]
+        places = [self.sum(sums_address, 64 * number) for number in range(2 * tile_rows)]
         sums = [self.load(place, FLOATS) for place in places]
         sums = self.loop(self.constant(0), num_pairs, 1, sums, multiply_pairs)
         for place, total in zip(places, sums):
@@ -265,10 +383,8 @@ class MatmulProgram(TasksProgram):
                 total = builder.fmul(total, self.load_floats(address, self.scale_dtype, FLOATS.count))
             bias = self.sum(arguments["bias"], (first, arguments["bias_step"]))
             total = builder.fadd(total, self.load_floats(bias, self.dtype, FLOATS.count))
-            is_half = self.dtype == torch.float16
-            rounded = builder.fptrunc(total, self.vector(HALF, 16)) if is_half else self.round_to_bfloats(total)
             place = self.sum((input_row, arguments["out_features"]), first)
-            self.store(rounded, self.sum(arguments["output"], (place, 2)))
+            self.store_rounded(total, self.sum(arguments["output"], (place, 2)), self.dtype)
         return []
 
 
@@ -282,7 +398,7 @@ def find_matmul(
         weight_scale: `[out]` or `[out, in / group_size]` for codes.
     """
     (num_rows, in_features), out_features = x.shape, weight.shape[0]
-    if in_features % STEP_COLUMNS != 0 or out_features < PANEL_ROWS or num_rows == 0 or x.dtype not in HALF_DTYPES:
+    if out_features < PANEL_ROWS or num_rows == 0 or x.dtype not in HALF_DTYPES:
         return None
     tensors = [tensor for tensor in (weight, weight_scale) if tensor is not None]
     if not x.is_cpu or not all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors):
@@ -299,11 +415,10 @@ def find_matmul(
         is_known = weight.dtype == torch.int8 and scale_dtype in (*HALF_DTYPES, torch.float32)
         if bits is None or not is_known or weight_scale.shape != shape or group_size not in (None, 32, 64, 128):
             return None
-    if not can_add_bias(bias, x, weight):
+    if in_features % count_line_columns(bits) != 0 or not can_add_bias(bias, x, weight):
         return None
-    tile_rows = choose_tile_rows(num_rows)
-    packing = compile_kernel(PackingProgram, x.dtype, tile_rows)
-    product = compile_kernel(MatmulProgram, bits, group_size, scale_dtype, x.dtype, tile_rows)
+    packing = compile_kernel(PackingProgram, x.dtype, INT4_PAIR_DISTANCE if bits == 4 else 1)
+    product = compile_kernel(MatmulProgram, bits, group_size, scale_dtype, x.dtype)
     return None if packing is None or product is None else (packing, product)
 
 
@@ -316,25 +431,28 @@ def multiply_matrices(
 ) -> torch.Tensor:
     """`x @ weight^T + bias` by what `find_matmul` found, `[rows, in]` -> `[rows, out]`."""
     packing, product = kernels
-    tile_rows = choose_tile_rows(len(x))
     in_features, out_features = x.shape[1], weight.shape[0]
     output = x.new_empty((len(x), out_features))
     num_threads = count_threads(-(-out_features // PANEL_ROWS))
     scales = (0, 0) if weight_scale is None else (weight_scale.data_ptr(), weight_scale.numel() // out_features)
     own_bias = (NO_BIAS_ADDRESS, 0) if bias is None else (bias.data_ptr(), 2)
-    num_parts = -(-2 * x.numel() // INPUT_BYTES)
-    part_rows = -(-len(x) // (num_parts * tile_rows)) * tile_rows
+    part_rows = -(-len(x) // -(-2 * x.numel() // INPUT_BYTES))
     for rows, target in zip(x.contiguous().split(part_rows), output.split(part_rows)):
-        num_tiles = -(-len(rows) // tile_rows)
-        packed = x.new_empty((num_tiles, in_features, tile_rows), dtype=torch.bfloat16)
-        Step(packing, num_tiles, rows.data_ptr(), len(rows), in_features, packed.data_ptr()).run(num_tiles)
-        memory_bytes = 2 * PANEL_ROWS * PANEL_COLUMNS + 4 * PANEL_ROWS * tile_rows * num_tiles
+        num_wide, num_tiles = split_rows(len(rows))
+        wide_rows = num_wide * WIDE_TILE_ROWS
+        tiles = (wide_rows + num_tiles * TILE_ROWS, wide_rows)
+        packed = x.new_empty((tiles[0], in_features), dtype=torch.bfloat16)
+        inputs = (rows.data_ptr(), len(rows), in_features, packed.data_ptr())
+        Step(packing, *tiles, *inputs).run(tiles[0] // PACKED_ROWS)
+        memory_bytes = 2 * PANEL_ROWS * PANEL_COLUMNS + 4 * PANEL_ROWS * tiles[0]
         memory = torch.empty((num_threads, memory_bytes), dtype=torch.uint8, device="cpu")
         own_memory = (0, memory.data_ptr(), memory_bytes)
         weights = (weight.data_ptr(), weight.nbytes // out_features, *scales)
-        inputs = (packed.data_ptr(), num_tiles, in_features)
         outputs = (target.data_ptr(), len(rows), *own_bias)
-        Step(product, out_features, *own_memory, *weights, *inputs, *outputs).run(-(-out_features // PANEL_ROWS))
+        product_inputs = (packed.data_ptr(), *tiles, in_features)
+        Step(product, out_features, *own_memory, *weights, *product_inputs, *outputs).run(
+            -(-out_features // PANEL_ROWS)
+        )
     return output
 
 

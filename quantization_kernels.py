@@ -64,7 +64,9 @@ ELEMENTS_AT_A_TIME = 2**20
 ELEMENTS_ON_GPU = 2**24
 
 # Rows of input up to which a CPU's kernels, or torch's operators, are faster than decoding the weight for a matrix
-# product: their time grows with every row. Measured on an AVX-512 processor with the shapes of ChatGLM3-6B.
+# product: their time grows with every row. Measured on an AVX-512 processor with the shapes of ChatGLM3-6B. The first is
+# where kernels decode it, the second where torch's operators do.
+CPU_KERNEL_FEW_ROWS = 24
 CPU_KERNEL_MAX_ROWS = 64
 CPU_INT8_MAX_ROWS = 16
 CPU_INT4_MAX_ROWS = 40
@@ -361,10 +363,10 @@ def multiply_by_cpu_kernels(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, is_packed: bool
 ) -> torch.Tensor | None:
     """`x @ (code * scale)^T + bias` by the kernels for this processor, if there are any: `[rows, in]` -> `[rows, out]`."""
-    if len(x) > CPU_KERNEL_MAX_ROWS:
-        matmul = find_matmul(x, weight, weight_scale, bias)
-        return None if matmul is None else multiply_matrices(x, weight, weight_scale, bias, matmul)
-    if is_packed or len(x) == 0 or not can_add_bias(bias, x, weight):
+    matmul = find_matmul(x, weight, weight_scale, bias) if len(x) > CPU_KERNEL_FEW_ROWS else None
+    if matmul is not None:
+        return multiply_matrices(x, weight, weight_scale, bias, matmul)
+    if is_packed or not 0 < len(x) <= CPU_KERNEL_MAX_ROWS or not can_add_bias(bias, x, weight):
         return None
     kernels = find_kernels(x.dtype, weight, weight_scale, x.shape[1], len(x))
     return None if kernels is None else multiply_by_kernels(x, weight, weight_scale, bias, kernels)
@@ -380,7 +382,7 @@ def find_steps(
 ) -> list[Step] | None:
     """The steps that write `x @ (code * scale)^T + bias`, `[rows, in]` -> `[rows, out]`, if kernels for CPUs do."""
     num_rows, in_features = x.shape
-    is_whole = in_features % BLOCK_COLUMNS == 0 and 0 < num_rows <= CPU_KERNEL_MAX_ROWS
+    is_whole = in_features % BLOCK_COLUMNS == 0 and 0 < num_rows <= CPU_KERNEL_FEW_ROWS
     if not is_whole or not can_add_bias(bias, x, weight):
         return None
     kernels = find_kernels(x.dtype, weight, weight_scale, in_features, num_rows)

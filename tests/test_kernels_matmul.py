@@ -29,7 +29,7 @@ SHAPES = ((32, 128), (45, 384), (70, 2176))
 @pytest.fixture(scope="module")
 def matmul(source: Callable[[str], ModuleType]) -> ModuleType:
     module = source("kernels_matmul")
-    if module.compile_kernel(module.PackingProgram, torch.float16, 12) is None:
+    if module.compile_kernel(module.PackingProgram, torch.float16, 1) is None:
         pytest.skip("needs a processor that multiplies bfloat16, and llvmlite")
     return module
 
@@ -75,7 +75,7 @@ def test_products_equal_the_twin(
     if bits is None and dtype == torch.bfloat16:
         pytest.skip("torch multiplies bfloat16 as fast")
     weight, scale = make_weight(bits, group_size, out_features, in_features)
-    for num_rows, bias in ((1, None), (12, torch.randn(out_features).to(dtype)), (67, None)):
+    for num_rows, bias in ((1, None), (12, torch.randn(out_features).to(dtype)), (27, None), (67, None)):
         x = torch.randn(num_rows, in_features).to(dtype)
         found = matmul.find_matmul(x, weight, scale, bias)
         product = matmul.multiply_matrices(x, weight, scale, bias, found)
@@ -86,6 +86,15 @@ def test_products_equal_the_twin(
             copies = protected_copies(x, weight, *([] if scale is None else [scale]))
             copied_scale = None if scale is None else copies[2]
             assert matmul.multiply_matrices(*copies[:2], copied_scale, None, found).equal(product)
+
+
+def test_tiles_for_any_number_of_rows(matmul: ModuleType) -> None:
+    for num_rows in range(1, 300):
+        num_wide, num_tiles = matmul.split_rows(num_rows)
+        unused = matmul.WIDE_TILE_ROWS * num_wide + matmul.TILE_ROWS * num_tiles - num_rows
+        # While the last tiles are multiplied, the weight's next part is asked for.
+        assert 0 <= unused < (4 if num_rows > 20 else 8)
+        assert num_tiles >= 2 or num_rows <= 8
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -132,24 +141,29 @@ def test_long_inputs_are_multiplied_in_parts(
 
 
 def test_what_the_kernels_do_not_take(matmul: ModuleType) -> None:
-    weight, scale = random_weight(4, 40, 64, None)
-    x = torch.randn(80, 64).half()
+    weight, scale = random_weight(4, 40, 128, None)
+    x = torch.randn(80, 128).half()
 
     def takes(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> bool:
         return matmul.find_matmul(x, weight, *(*others, None)[:2]) is not None
 
-    assert takes(x, weight, scale) and takes(x, torch.randn(40, 64).half(), None)
+    assert takes(x, weight, scale) and takes(x, torch.randn(40, 128).half(), None)
     assert not takes(x.float(), weight, scale)
     assert not takes(x.to("meta"), weight, scale) and not takes(x, weight, scale.to("meta"))
     assert not takes(x[:0], weight, scale)
     assert not takes(x, weight[:31], scale[:31])
     assert not takes(x, weight, scale[:31]) and not takes(x, weight[:, :20], scale)
-    assert not takes(x, weight, torch.ones(40, 4)) and not takes(x, weight, torch.ones(40, 0))
+    assert not takes(x, weight, torch.ones(40, 8)) and not takes(x, weight, torch.ones(40, 0))
     assert not takes(x, weight, scale.double())
     assert not takes(x, weight, scale, torch.ones(41).half()) and not takes(x, weight, scale, torch.ones(40))
-    assert not takes(x[:, :48], weight[:, :24].contiguous(), scale)
-    assert not takes(x, torch.randn(40, 64).bfloat16(), None)
-    assert not takes(x, torch.randn(64, 40).half().t(), None)
+    # Not whole steps of 64 bytes: of int4 and int8 codes, and of float16.
+    assert not takes(x[:, :64], weight[:, :32].contiguous(), scale)
+    assert takes(x[:, :64], weight, scale) and not takes(x[:, :32], weight[:, :32].contiguous(), scale)
+    assert takes(x[:, :32], torch.randn(40, 32).half(), None) and not takes(
+        x[:, :48], torch.randn(40, 48).half(), None
+    )
+    assert not takes(x, torch.randn(40, 128).bfloat16(), None)
+    assert not takes(x, torch.randn(128, 40).half().t(), None)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -436,7 +436,7 @@ def test_few_rows_are_multiplied_without_decoding(
         watch(name)
 
     def ways(
-        bits: int, rows: tuple[int, ...], dtype: torch.dtype, in_features: int = 64, group_size: int | None = None
+        bits: int, rows: tuple[int, ...], dtype: torch.dtype, in_features: int = 128, group_size: int | None = None
     ) -> list[str]:
         weight, scale = random_weight(bits, 48, in_features, group_size)
         packed = kernels.pack_weight(weight, scale, in_features) or ()
@@ -446,14 +446,15 @@ def test_few_rows_are_multiplied_without_decoding(
         taken.clear()
         return found
 
-    matmul = kernels.find_matmul(torch.zeros(65, 64).half(), *random_weight(8, 48, 64, None), None)
-    many_rows = "many_rows" if matmul is None else "matrices"
+    matmul = kernels.find_matmul(torch.zeros(25, 64).half(), *random_weight(8, 48, 64, None), None)
+    several_rows, many_rows = ("by_kernels", "many_rows") if matmul is None else ("matrices", "matrices")
     for dtype in HALVES:
         if has_kernels:
             for bits, group_size in ((8, None), (4, None), (4, 32)):
-                found = ways(bits, (0, 1, 64, 65), dtype, group_size=group_size)
-                assert found == ["many_rows", "by_kernels", "by_kernels", many_rows]
-                assert ways(bits, (1,), dtype, in_features=160, group_size=group_size) == ["by_kernels"]
+                found = ways(bits, (0, 1, 24, 25, 64, 65), dtype, group_size=group_size)
+                assert found == ["many_rows", *2 * ["by_kernels"], *2 * [several_rows], many_rows]
+                found = ways(bits, (1, 64, 65), dtype, in_features=160, group_size=group_size)
+                assert found == ["by_kernels", "by_kernels", "many_rows"]
             continue
         assert ways(8, (0, 1, 16, 17), dtype) == ["many_rows", "int8", "int8", "many_rows"]
         assert ways(4, (0, 1, 40, 41), dtype) == ["many_rows", "packed_int4", "packed_int4", "many_rows"]
