@@ -276,23 +276,31 @@ class TasksProgram(Program):
         (address,) = self.function.args
         self.arguments = {name: self.load(self.sum(address, 8 * place), INT64) for place, name in enumerate(arguments)}
         self.begin()
-        builder, step = self.builder, self.constant(step) if isinstance(step, int) else self.arguments[step]
-        take, work, done = (self.function.append_basic_block() for _ in range(3))
-        builder.branch(take)
-        builder.position_at_end(take)
-        first = builder.atomic_rmw("add", self.pointer(address), step, "monotonic")
+        builder, self.step = self.builder, self.constant(step) if isinstance(step, int) else self.arguments[step]
+        check, work, done = (self.function.append_basic_block() for _ in range(3))
+        taken, before = self.take(), builder.block
+        builder.branch(check)
+        builder.position_at_end(check)
+        first = builder.phi(INT64)
+        first.add_incoming(taken, before)
         builder.cbranch(builder.icmp_signed("<", first, self.arguments[total]), work, done)
         builder.position_at_end(work)
-        self.work(first)
-        builder.branch(take)
+        taken = self.work(first)
+        taken = self.take() if taken is None else taken
+        first.add_incoming(taken, builder.block)
+        builder.branch(check)
         builder.position_at_end(done)
         builder.ret_void()
+
+    def take(self) -> Any:
+        """Take the next numbers, and give the first of them."""
+        return self.builder.atomic_rmw("add", self.pointer(self.function.args[0]), self.step, "monotonic")
 
     def begin(self) -> None:
         """What a thread does first."""
 
-    def work(self, first: Any) -> None:
-        """What a thread does with the numbers that it has taken."""
+    def work(self, first: Any) -> Any:
+        """What a thread does with the numbers that it has taken; gives the next ones, if it has taken them already."""
         raise NotImplementedError
 
 

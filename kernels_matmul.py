@@ -17,8 +17,8 @@ What is unusual here:
 
 - The weight is float16, or the published bytes of int8 and int4 codes. A thread takes 32 of its rows, decodes some
   columns of them into bfloat16, in the order in which they are multiplied, and multiplies them with the whole input
-  while they are in the processor's cache. No more of the weight is ever decoded. While it multiplies the last rows of
-  the input, it asks for what it decodes next.
+  while they are in the processor's cache. No more of the weight is ever decoded. While the last rows of the input are
+  multiplied, memory is asked for what the thread decodes next.
 - The input is rounded to bfloat16 and put in order once. Sums are float32; the scale of a row is applied to them, the
   bias is added, and the result is rounded once. Torch's own products of bfloat16 round their result to bfloat16.
 """
@@ -34,7 +34,6 @@ from .kernels_llvm import (
     HALF_DTYPES,
     INT16,
     INT32,
-    INT64,
     INTS,
     NO_BIAS_ADDRESS,
     WIDE_FEATURES,
@@ -78,7 +77,10 @@ def count_line_columns(bits: int | None) -> int:
 
 
 def split_rows(num_rows: int) -> tuple[int, int]:
-    """How many wide and how many other tiles an input of so many rows has; with fewer than 4 rows too many, or 8 up to 20."""
+    """How many wide and how many other tiles an input of so many rows has.
+
+    The tiles have fewer than 4 rows more than the input, or fewer than 8 if it has up to 20.
+    """
     fours = -(-num_rows // 4)
     for num_tiles in (2, 3, 4):
         num_wide, rest = divmod(fours - 2 * num_tiles, 3)
@@ -116,11 +118,11 @@ def transpose(program: Program, vectors: list[Any]) -> list[Any]:
 class PackingProgram(TasksProgram):
     """A function that rounds the input to bfloat16, in tiles of some rows: `[tiles, in / 2, tile rows, 2]`.
 
-    Rows behind the last one are the last one again.
+    The wide tiles come first. Rows behind the last one are the last one again.
 
     Args:
         dtype: of the input, float16 or bfloat16.
-        pair_distance: how far from each other the columns of a pair are.
+        pair_distance: of every twice as many columns, column i and column i + pair_distance are a pair.
     """
 
     features = PROCESSOR_FEATURES
@@ -128,31 +130,37 @@ class PackingProgram(TasksProgram):
     def __init__(self, dtype: torch.dtype, pair_distance: int) -> None:
         self.dtype, self.pair_distance = dtype, pair_distance
         super().__init__(
-            ("next_row", "rows_in_tiles", "rows_in_wide_tiles", "x", "num_rows", "in_features", "packed"),
-            PACKED_ROWS,
-            "rows_in_tiles",
+            ("next_tile", "num_tiles", "num_wide", "x", "num_rows", "in_features", "packed"), 1, "num_tiles"
         )
 
-    def work(self, row: Any) -> None:
+    def work(self, tile: Any) -> None:
         arguments, builder = self.arguments, self.builder
-        last_row = self.sum(arguments["num_rows"], -1)
-        rows = [self.smaller(self.sum(row, step), last_row) for step in range(PACKED_ROWS)]
-        rows = [self.sum(arguments["x"], (self.sum((row, arguments["in_features"])), 2)) for row in rows]
-        wide_rows = arguments["rows_in_wide_tiles"]
-        is_wide = builder.icmp_signed("<", row, wide_rows)
+        is_wide = builder.icmp_signed("<", tile, arguments["num_wide"])
         tile_rows = builder.select(is_wide, self.constant(WIDE_TILE_ROWS), self.constant(TILE_ROWS))
-        start = builder.select(is_wide, self.constant(0), wide_rows)
-        row_in_tile = builder.urem(builder.sub(row, start), tile_rows)
-        tile = self.sum(arguments["packed"], (builder.sub(row, row_in_tile), self.sum((arguments["in_features"], 2))))
-        target = self.sum(tile, (row_in_tile, 4))
+        wide_rows = self.sum((self.smaller(tile, arguments["num_wide"]), WIDE_TILE_ROWS - TILE_ROWS))
+        first_row = self.sum((tile, TILE_ROWS), wide_rows)
+        target = self.sum(arguments["packed"], (first_row, self.sum((arguments["in_features"], 2))))
+
+        def pack(row: Any, _: list[Any]) -> list[Any]:
+            self.pack_rows(self.sum(first_row, row), self.sum(target, (row, 4)), tile_rows)
+            return []
+
+        self.loop(self.constant(0), tile_rows, PACKED_ROWS, [], pack)
+
+    def pack_rows(self, first_row: Any, target: Any, tile_rows: Any) -> None:
+        """Write four rows to their places in a tile."""
+        arguments = self.arguments
+        last_row = self.sum(arguments["num_rows"], -1)
+        rows = [self.smaller(self.sum(first_row, step), last_row) for step in range(PACKED_ROWS)]
+        addresses = [self.sum(arguments["x"], (self.sum((row, arguments["in_features"])), 2)) for row in rows]
 
         def pack(column: Any, _: list[Any]) -> list[Any]:
-            pairs = [self.load_ordered_pairs(self.sum(row, (column, 2))) for row in rows]
-            for first, vector in enumerate(transpose(self, pairs)):
-                for four in range(4):
-                    pair = self.sum(builder.lshr(column, self.constant(1)), 4 * four + first)
-                    number = self.pick(vector, range(4 * four, 4 * four + 4))
-                    self.store(number, self.sum(target, (self.sum((pair, tile_rows)), 4)))
+            pairs = [self.load_ordered_pairs(self.sum(address, (column, 2))) for address in addresses]
+            first_pair = self.builder.lshr(column, self.constant(1))
+            for step, vector in enumerate(transpose(self, pairs)):
+                for start in range(0, FLOATS.count, PACKED_ROWS):
+                    place = self.sum((self.sum(first_pair, start + step), tile_rows))
+                    self.store(self.pick(vector, range(start, start + PACKED_ROWS)), self.sum(target, (place, 4)))
             return []
 
         self.loop(self.constant(0), arguments["in_features"], STEP_COLUMNS, [], pack)
@@ -176,8 +184,11 @@ MATMUL_ARGUMENTS = (
 class MatmulProgram(TasksProgram):
     """A function that multiplies a weight with an input that a [`PackingProgram`] has put in order.
 
+    `x @ weight^T + bias`, where `weight` is `code * scale` if there are codes. The scale of a whole row is applied to the
+    sum, that of a group to its codes.
+
     A thread has memory of its own: the rows of the weight that it has decoded, `[PANEL_COLUMNS / 2, 32, 2]` in bfloat16,
-    and their sums, `[rows, 32]` in float32.
+    in pairs as those of the input, and their sums, `[rows, 32]` in float32.
 
     Args:
         bits: 8 or 4 for codes, `None` for float16.
@@ -192,7 +203,7 @@ class MatmulProgram(TasksProgram):
         self, bits: int | None, group_size: int | None, scale_dtype: torch.dtype | None, dtype: torch.dtype
     ) -> None:
         self.bits, self.group_size, self.scale_dtype, self.dtype = bits, group_size, scale_dtype, dtype
-        self.step_columns = count_line_columns(bits)
+        self.line_columns = count_line_columns(bits)
         super().__init__(MATMUL_ARGUMENTS, PANEL_ROWS, "out_features")
 
     def begin(self) -> None:
@@ -201,10 +212,11 @@ class MatmulProgram(TasksProgram):
         self.panel = self.sum(self.arguments["memory"], (thread, self.arguments["memory_bytes"]))
         self.sums = self.sum(self.panel, 2 * PANEL_ROWS * PANEL_COLUMNS)
 
-    def work(self, row: Any) -> None:
-        arguments = self.arguments
+    def work(self, first_row: Any) -> Any:
+        arguments, next_row = self.arguments, self.take()
         # The last rows are multiplied a second time, if need be, so that there are always 32.
-        row = self.smaller(row, self.sum(arguments["out_features"], -PANEL_ROWS))
+        last_row = self.sum(arguments["out_features"], -PANEL_ROWS)
+        row, row_behind = self.smaller(first_row, last_row), self.smaller(next_row, last_row)
 
         def clear(number: Any, _: list[Any]) -> list[Any]:
             self.store(self.constant(0.0, FLOATS), self.sum(self.sums, (number, 64)))
@@ -212,13 +224,14 @@ class MatmulProgram(TasksProgram):
 
         def multiply(start: Any, _: list[Any]) -> list[Any]:
             stop = self.smaller(self.sum(start, PANEL_COLUMNS), arguments["in_features"])
-            self.loop(start, stop, self.step_columns, [], lambda column, _: self.decode_columns(row, start, column))
-            self.multiply_tiles(row, start, stop)
+            self.loop(start, stop, self.line_columns, [], lambda column, _: self.decode_columns(row, start, column))
+            self.multiply_tiles(row, row_behind, start, stop)
             return []
 
         self.loop(self.constant(0), self.sum((arguments["rows_in_tiles"], 2)), 1, [], clear)
         self.loop(self.constant(0), arguments["in_features"], PANEL_COLUMNS, [], multiply)
         self.loop(self.constant(0), arguments["num_rows"], 1, [], lambda input_row, _: self.finish(row, input_row))
+        return next_row
 
     def decode_columns(self, row: Any, start: Any, column: Any) -> list[Any]:
         """Write 64 bytes of 32 rows of the weight into the panel, which starts with another column.
@@ -226,15 +239,15 @@ class MatmulProgram(TasksProgram):
         Codes change places before they are decoded, as they are half or a quarter of what they become.
         """
         arguments = self.arguments
-        num_bytes = self.builder.lshr(self.builder.mul(column, self.constant(self.bits or 16)), self.constant(3))
         for half in (0, 1):
             first_row = self.sum(row, 16 * half)
-            address = self.sum(arguments["weight"], (first_row, arguments["row_bytes"]), num_bytes)
-            rows = [self.sum(address, (arguments["row_bytes"], step)) for step in range(16)]
-            dtype = torch.float16 if self.bits is None else torch.bfloat16
-            pairs = transpose(self, [load_pairs(self, row, dtype) for row in rows])
-            if self.bits is not None:
-                pairs = [pair for codes in pairs for pair in self.decode(codes)]
+            address = self.weight_address(first_row, column)
+            addresses = [self.sum(address, (arguments["row_bytes"], step)) for step in range(16)]
+            if self.bits is None:
+                pairs = transpose(self, [load_pairs(self, address, torch.float16) for address in addresses])
+            else:
+                columns = transpose(self, [self.load(address, INTS) for address in addresses])
+                pairs = [pair for codes in columns for pair in self.decode(codes)]
             if self.group_size is not None and self.scale_dtype is not None:
                 pairs = self.scale_pairs(pairs, first_row, column, self.group_size, self.scale_dtype)
             for number, pair in enumerate(pairs):
@@ -264,7 +277,7 @@ class MatmulProgram(TasksProgram):
         return builder.or_(builder.lshr(first, self.constant(16, INTS)), high_bits)
 
     def decode_nibbles(self, codes: Any) -> list[Any]:
-        """Four pairs, of eight int4 codes, which are looked up by five bits: the first of them is another code's."""
+        """Four pairs, of eight int4 codes, which are looked up by five bits: the highest of them is another code's."""
         builder = self.builder
         values = torch.tensor([*range(8), *range(-8, 0)] * 2).bfloat16().view(torch.int16)
         table = self.lanes(values.tolist(), INT16)
@@ -298,22 +311,28 @@ class MatmulProgram(TasksProgram):
             scales = self.builder.insert_element(scales, scale, self.constant(step, INT32))
         return scales
 
-    def multiply_tiles(self, row: Any, start: Any, stop: Any) -> None:
-        """Multiply the panel with the whole input, and with the last tiles ask for what this thread decodes next."""
+    def multiply_tiles(self, row: Any, row_behind: Any, start: Any, stop: Any) -> None:
+        """Multiply the panel with the whole input, and with the last tiles ask for what this thread decodes next.
+
+        That are the columns of these rows that begin where the panel stops, or the first ones of the rows behind them.
+        """
         builder, arguments = self.builder, self.arguments
         num_pairs = builder.lshr(builder.sub(stop, start), self.constant(1))
         rows, wide_rows = arguments["rows_in_tiles"], arguments["rows_in_wide_tiles"]
-        next_panel = self.find_next_panel(row, stop)
+        is_last = builder.icmp_signed(">=", stop, arguments["in_features"])
+        row, start_behind = builder.select(is_last, row_behind, row), builder.select(is_last, self.constant(0), stop)
+        panel_behind = self.weight_address(row, start_behind)
+        num_columns = self.smaller(builder.sub(arguments["in_features"], start_behind), self.constant(PANEL_COLUMNS))
+        # Of all rows; and how many for a pair and a row of the last tiles, times 2^16.
+        num_lines = builder.udiv(self.sum((num_columns, PANEL_ROWS)), self.constant(self.line_columns))
         num_steps = builder.mul(builder.sub(rows, wide_rows), num_pairs)
-        row_lines = PANEL_COLUMNS // self.step_columns
-        # In units of 2^-16, for a row of a tile.
-        lines = builder.udiv(self.constant(PANEL_ROWS * row_lines << 16), num_steps)
+        lines_per_step = builder.udiv(builder.shl(num_lines, self.constant(16)), num_steps)
 
         def prefetch(step: Any) -> None:
-            line = builder.lshr(builder.mul(step, lines), self.constant(16))
-            row = builder.udiv(line, self.constant(row_lines))
-            place = builder.urem(line, self.constant(row_lines))
-            self.prefetch(self.sum(next_panel, (row, arguments["row_bytes"]), (place, LINE_BYTES)))
+            line = builder.lshr(builder.mul(step, lines_per_step), self.constant(16))
+            line_row = builder.urem(line, self.constant(PANEL_ROWS))
+            place = builder.udiv(line, self.constant(PANEL_ROWS))
+            self.prefetch(self.sum(panel_behind, (line_row, arguments["row_bytes"]), (place, LINE_BYTES)))
 
         def multiply_wide(first_row: Any, _: list[Any]) -> list[Any]:
             return self.multiply_tile(WIDE_TILE_ROWS, first_row, start, num_pairs)
@@ -327,15 +346,9 @@ class MatmulProgram(TasksProgram):
         self.loop(self.constant(0), wide_rows, WIDE_TILE_ROWS, [], multiply_wide)
         self.loop(wide_rows, rows, TILE_ROWS, [], multiply)
 
-    def find_next_panel(self, row: Any, column: Any) -> Any:
-        """The address of the next columns of these rows, or of the rows that are taken next."""
-        builder, arguments = self.builder, self.arguments
-        is_last = builder.icmp_signed(">=", column, arguments["in_features"])
-        next_row = builder.load_atomic(self.pointer(self.function.args[0]), "monotonic", 8, typ=INT64)
-        next_row = self.smaller(next_row, self.sum(arguments["out_features"], -PANEL_ROWS))
-        row, column = builder.select(is_last, next_row, row), builder.select(is_last, self.constant(0), column)
-        num_bytes = builder.lshr(builder.mul(column, self.constant(self.bits or 16)), self.constant(3))
-        return self.sum(arguments["weight"], (row, arguments["row_bytes"]), num_bytes)
+    def weight_address(self, row: Any, column: Any) -> Any:
+        num_bytes = self.builder.lshr(self.builder.mul(column, self.constant(self.bits or 16)), self.constant(3))
+        return self.sum(self.arguments["weight"], (row, self.arguments["row_bytes"]), num_bytes)
 
     def multiply_tile(
         self,
@@ -397,8 +410,8 @@ def find_matmul(
         weight: float16 `[out, in]`, or int8 `[out, in]` or `[out, in / 2]`.
         weight_scale: `[out]` or `[out, in / group_size]` for codes.
     """
-    (num_rows, in_features), out_features = x.shape, weight.shape[0]
-    if out_features < PANEL_ROWS or num_rows == 0 or x.dtype not in HALF_DTYPES:
+    in_features, out_features = x.shape[1], weight.shape[0]
+    if out_features < PANEL_ROWS or x.numel() == 0 or x.dtype not in HALF_DTYPES:
         return None
     tensors = [tensor for tensor in (weight, weight_scale) if tensor is not None]
     if not x.is_cpu or not all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors):
@@ -414,6 +427,8 @@ def find_matmul(
         shape = (out_features,) if group_size is None else (out_features, in_features // max(1, group_size))
         is_known = weight.dtype == torch.int8 and scale_dtype in (*HALF_DTYPES, torch.float32)
         if bits is None or not is_known or weight_scale.shape != shape or group_size not in (None, 32, 64, 128):
+            return None
+        if group_size is not None and in_features % group_size != 0:
             return None
     if in_features % count_line_columns(bits) != 0 or not can_add_bias(bias, x, weight):
         return None
@@ -438,21 +453,19 @@ def multiply_matrices(
     own_bias = (NO_BIAS_ADDRESS, 0) if bias is None else (bias.data_ptr(), 2)
     part_rows = -(-len(x) // -(-2 * x.numel() // INPUT_BYTES))
     for rows, target in zip(x.contiguous().split(part_rows), output.split(part_rows)):
-        num_wide, num_tiles = split_rows(len(rows))
+        num_wide, num_others = split_rows(len(rows))
         wide_rows = num_wide * WIDE_TILE_ROWS
-        tiles = (wide_rows + num_tiles * TILE_ROWS, wide_rows)
-        packed = x.new_empty((tiles[0], in_features), dtype=torch.bfloat16)
+        rows_in_tiles, num_tiles = wide_rows + num_others * TILE_ROWS, num_wide + num_others
+        packed = x.new_empty((rows_in_tiles, in_features), dtype=torch.bfloat16)
         inputs = (rows.data_ptr(), len(rows), in_features, packed.data_ptr())
-        Step(packing, *tiles, *inputs).run(tiles[0] // PACKED_ROWS)
-        memory_bytes = 2 * PANEL_ROWS * PANEL_COLUMNS + 4 * PANEL_ROWS * tiles[0]
+        Step(packing, num_tiles, num_wide, *inputs).run(num_tiles)
+        memory_bytes = 2 * PANEL_ROWS * PANEL_COLUMNS + 4 * PANEL_ROWS * rows_in_tiles
         memory = torch.empty((num_threads, memory_bytes), dtype=torch.uint8, device="cpu")
         own_memory = (0, memory.data_ptr(), memory_bytes)
         weights = (weight.data_ptr(), weight.nbytes // out_features, *scales)
+        tiles = (packed.data_ptr(), rows_in_tiles, wide_rows, in_features)
         outputs = (target.data_ptr(), len(rows), *own_bias)
-        product_inputs = (packed.data_ptr(), *tiles, in_features)
-        Step(product, out_features, *own_memory, *weights, *product_inputs, *outputs).run(
-            -(-out_features // PANEL_ROWS)
-        )
+        Step(product, out_features, *own_memory, *weights, *tiles, *outputs).run(-(-out_features // PANEL_ROWS))
     return output
 
 

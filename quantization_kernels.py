@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .kernels_llvm import Scratch, Step, ask_for_large_pages, can_add_bias, is_exporting, own_name
+from .kernels_llvm import Kernel, Scratch, Step, ask_for_large_pages, can_add_bias, is_exporting, own_name
 from .kernels_matmul import find_matmul, multiply_matrices
 from .quantization_cpu import (
     BLOCK_COLUMNS,
@@ -64,8 +64,8 @@ ELEMENTS_AT_A_TIME = 2**20
 ELEMENTS_ON_GPU = 2**24
 
 # Rows of input up to which a CPU's kernels, or torch's operators, are faster than decoding the weight for a matrix
-# product: their time grows with every row. Measured on an AVX-512 processor with the shapes of ChatGLM3-6B. The first is
-# where kernels decode it, the second where torch's operators do.
+# product: their time grows with every row. Measured on an AVX-512 processor with the shapes of ChatGLM3-6B. "Few" is where
+# other kernels decode the weight, else torch does.
 CPU_KERNEL_FEW_ROWS = 24
 CPU_KERNEL_MAX_ROWS = 64
 CPU_INT8_MAX_ROWS = 16
@@ -359,11 +359,18 @@ def multiply_by_torch(
     return product.to(x.dtype)
 
 
+def find_matmul_of_many_rows(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[Kernel, Kernel] | None:
+    """The kernels that decode the weight, if there are any and the input has so many rows that they are the fastest."""
+    return find_matmul(x, weight, weight_scale, bias) if len(x) > CPU_KERNEL_FEW_ROWS else None
+
+
 def multiply_by_cpu_kernels(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, is_packed: bool
 ) -> torch.Tensor | None:
     """`x @ (code * scale)^T + bias` by the kernels for this processor, if there are any: `[rows, in]` -> `[rows, out]`."""
-    matmul = find_matmul(x, weight, weight_scale, bias) if len(x) > CPU_KERNEL_FEW_ROWS else None
+    matmul = find_matmul_of_many_rows(x, weight, weight_scale, bias)
     if matmul is not None:
         return multiply_matrices(x, weight, weight_scale, bias, matmul)
     if is_packed or not 0 < len(x) <= CPU_KERNEL_MAX_ROWS or not can_add_bias(bias, x, weight):
@@ -382,8 +389,8 @@ def find_steps(
 ) -> list[Step] | None:
     """The steps that write `x @ (code * scale)^T + bias`, `[rows, in]` -> `[rows, out]`, if kernels for CPUs do."""
     num_rows, in_features = x.shape
-    is_whole = in_features % BLOCK_COLUMNS == 0 and 0 < num_rows <= CPU_KERNEL_FEW_ROWS
-    if not is_whole or not can_add_bias(bias, x, weight):
+    is_whole = in_features % BLOCK_COLUMNS == 0 and 0 < num_rows <= CPU_KERNEL_MAX_ROWS
+    if not is_whole or not can_add_bias(bias, x, weight) or find_matmul_of_many_rows(x, weight, weight_scale, bias):
         return None
     kernels = find_kernels(x.dtype, weight, weight_scale, in_features, num_rows)
     if kernels is None:

@@ -13,7 +13,7 @@
 # limitations under the License.
 """Products with many rows of input on a CPU, beside plain torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -21,9 +21,18 @@ import torch
 from test_quantization_cpu import HALVES, assert_rounded, protected_copies, random_weight
 
 
-# Bits, columns that share a scale; out and in. Threads take 32 rows of a weight, and 2048 columns at a time.
+# Bits, columns that share a scale; out and in. Threads take 32 rows of a weight, and 2048 columns at a time, 64 bytes of
+# a row at once.
 FORMS = ((None, None), (8, None), (4, None), (4, 32), (4, 128))
-SHAPES = ((32, 128), (45, 384), (70, 2176))
+SHAPES = ((32, 128), (45, 384), (70, 2176), (33, 2112), (33, 2080))
+# PyTorch multiplies bfloat16 as fast.
+CASES = [
+    (dtype, *form, *shape)
+    for dtype in HALVES
+    for form in FORMS
+    for shape in SHAPES
+    if shape[1] % (512 // (form[0] or 16)) == 0 and (form[0] is not None or dtype == torch.float16)
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +41,13 @@ def matmul(source: Callable[[str], ModuleType]) -> ModuleType:
     if module.compile_kernel(module.PackingProgram, torch.float16, 1) is None:
         pytest.skip("needs a processor that multiplies bfloat16, and llvmlite")
     return module
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +76,7 @@ def twin(
     return product if bias is None else product + bias.double()
 
 
-@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
-@pytest.mark.parametrize(("bits", "group_size"), FORMS)
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("dtype", "bits", "group_size", "out_features", "in_features"), CASES)
 def test_products_equal_the_twin(
     dtype: torch.dtype,
     bits: int | None,
@@ -71,24 +85,29 @@ def test_products_equal_the_twin(
     in_features: int,
     matmul: ModuleType,
     kernels: ModuleType,
+    set_threads: Callable[[int], None],
 ) -> None:
-    if bits is None and dtype == torch.bfloat16:
-        pytest.skip("torch multiplies bfloat16 as fast")
     weight, scale = make_weight(bits, group_size, out_features, in_features)
-    for num_rows, bias in ((1, None), (12, torch.randn(out_features).to(dtype)), (27, None), (67, None)):
+    bias = torch.randn(out_features).to(dtype)
+    for num_rows in (1, 12, 27, 35, 67):
         x = torch.randn(num_rows, in_features).to(dtype)
         found = matmul.find_matmul(x, weight, scale, bias)
         product = matmul.multiply_matrices(x, weight, scale, bias, found)
         assert product.dtype == dtype
         assert_rounded(product, twin(kernels, x, weight, scale, bias))
-        if bias is None:
-            # This ends the process, should something behind a tensor be read.
-            copies = protected_copies(x, weight, *([] if scale is None else [scale]))
-            copied_scale = None if scale is None else copies[2]
-            assert matmul.multiply_matrices(*copies[:2], copied_scale, None, found).equal(product)
+        # This ends the process, should something behind a tensor be read.
+        copies = protected_copies(x, weight, bias, *([] if scale is None else [scale]))
+        copied_scale = None if scale is None else copies[3]
+        assert matmul.multiply_matrices(*copies[:2], copied_scale, copies[2], found).equal(product)
+        set_threads(2)
+        assert matmul.multiply_matrices(x, weight, scale, bias, found).equal(product)
+        set_threads(1)
+        without_bias = matmul.multiply_matrices(x, weight, scale, None, found)
+        assert_rounded(without_bias, twin(kernels, x, weight, scale, None))
 
 
-def test_tiles_for_any_number_of_rows(matmul: ModuleType) -> None:
+def test_tiles_for_any_number_of_rows(source: Callable[[str], ModuleType]) -> None:
+    matmul = source("kernels_matmul")
     for num_rows in range(1, 300):
         num_wide, num_tiles = matmul.split_rows(num_rows)
         unused = matmul.WIDE_TILE_ROWS * num_wide + matmul.TILE_ROWS * num_tiles - num_rows
@@ -123,7 +142,10 @@ def test_several_rows_of_float16_are_multiplied_in_pairs(
 
 
 def test_long_inputs_are_multiplied_in_parts(
-    matmul: ModuleType, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+    matmul: ModuleType,
+    kernels: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    set_threads: Callable[[int], None],
 ) -> None:
     weight, scale = random_weight(8, 100, 64, None)
     x = torch.randn(150, 64).half()
@@ -131,10 +153,9 @@ def test_long_inputs_are_multiplied_in_parts(
     expected = matmul.multiply_matrices(x, weight, scale, None, found)
     monkeypatch.setattr(matmul, "INPUT_BYTES", 5000)
     assert matmul.multiply_matrices(x, weight, scale, None, found).equal(expected)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    set_threads(2)
     assert matmul.multiply_matrices(x, weight, scale, None, found).equal(expected)
-    torch.set_num_threads(before)
+    set_threads(1)
     x[70, 3] = torch.nan
     changed = matmul.multiply_matrices(x, weight, scale, None, found)
     assert changed[70].isnan().all() and changed[:70].equal(expected[:70]) and changed[71:].equal(expected[71:])
@@ -150,11 +171,13 @@ def test_what_the_kernels_do_not_take(matmul: ModuleType) -> None:
     assert takes(x, weight, scale) and takes(x, torch.randn(40, 128).half(), None)
     assert not takes(x.float(), weight, scale)
     assert not takes(x.to("meta"), weight, scale) and not takes(x, weight, scale.to("meta"))
-    assert not takes(x[:0], weight, scale)
+    assert not takes(x[:0], weight, scale) and not takes(x[:, :0], torch.zeros(40, 0, dtype=torch.int8), scale)
     assert not takes(x, weight[:31], scale[:31])
     assert not takes(x, weight, scale[:31]) and not takes(x, weight[:, :20], scale)
     assert not takes(x, weight, torch.ones(40, 8)) and not takes(x, weight, torch.ones(40, 0))
     assert not takes(x, weight, scale.double())
+    # The last of 65 groups of 128 would have half as many columns again.
+    assert not takes(torch.randn(80, 8384).half(), torch.zeros(40, 8384, dtype=torch.int8), torch.ones(40, 65))
     assert not takes(x, weight, scale, torch.ones(41).half()) and not takes(x, weight, scale, torch.ones(40))
     # Not whole steps of 64 bytes: of int4 and int8 codes, and of float16.
     assert not takes(x[:, :64], weight[:, :32].contiguous(), scale)

@@ -446,6 +446,9 @@ def test_few_rows_are_multiplied_without_decoding(
         taken.clear()
         return found
 
+    def new_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
     matmul = kernels.find_matmul(torch.zeros(25, 64).half(), *random_weight(8, 48, 64, None), None)
     several_rows, many_rows = ("by_kernels", "many_rows") if matmul is None else ("matrices", "matrices")
     for dtype in HALVES:
@@ -453,6 +456,14 @@ def test_few_rows_are_multiplied_without_decoding(
             for bits, group_size in ((8, None), (4, None), (4, 32)):
                 found = ways(bits, (0, 1, 24, 25, 64, 65), dtype, group_size=group_size)
                 assert found == ["many_rows", *2 * ["by_kernels"], *2 * [several_rows], many_rows]
+                # Decoding all layers by one call is for what these kernels are the fastest for.
+                for num_rows in (24, 25):
+                    x, (weight, scale) = (
+                        torch.zeros(num_rows, 128, dtype=dtype),
+                        random_weight(bits, 48, 128, group_size),
+                    )
+                    steps = kernels.find_steps(x, weight, scale, None, x.new_empty(num_rows, 48), new_memory)
+                    assert (steps is None) is (num_rows == 25 and several_rows == "matrices")
                 found = ways(bits, (1, 64, 65), dtype, in_features=160, group_size=group_size)
                 assert found == ["by_kernels", "by_kernels", "many_rows"]
             continue
