@@ -160,20 +160,19 @@ def test_a_token_that_was_interrupted_is_not_held(
 @torch.no_grad()
 @pytest.mark.usefixtures("needs_kernels")
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 13])
-def test_any_number_of_threads(num_threads: int, tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_any_number_of_threads(
+    num_threads: int, tiny_model: Callable[..., PreTrainedModel], set_threads: Callable[[int], None]
+) -> None:
     """More than there are processors, too, beside those of another thread that models have computed in."""
-    model, before = tiny_model(**SIZES).bfloat16(), torch.get_num_threads()
+    model = tiny_model(**SIZES).bfloat16()
     expected = decode_tokens(model)
     found: list[list[torch.Tensor]] = []
-    torch.set_num_threads(num_threads)
-    try:
-        decode_tokens(model)
-        thread = threading.Thread(target=lambda: found.append(decode_tokens(model)))
-        thread.start()
-        thread.join()
-        found.append(decode_tokens(model))
-    finally:
-        torch.set_num_threads(before)
+    set_threads(num_threads)
+    decode_tokens(model)
+    thread = threading.Thread(target=lambda: found.append(decode_tokens(model)))
+    thread.start()
+    thread.join()
+    found.append(decode_tokens(model))
     for one in found:
         assert all(tensor.equal(other) for tensor, other in zip(one, expected, strict=True))
     assert len(found) == 2
@@ -181,19 +180,18 @@ def test_any_number_of_threads(num_threads: int, tiny_model: Callable[..., PreTr
 
 @pytest.mark.usefixtures("needs_kernels")
 @pytest.mark.parametrize("num_threads", [2, 5])
-def test_a_step_waits_for_the_one_before(num_threads: int, source: Callable[[str], ModuleType]) -> None:
+def test_a_step_waits_for_the_one_before(
+    num_threads: int, source: Callable[[str], ModuleType], set_threads: Callable[[int], None]
+) -> None:
     kernels = source("kernels_decoding")
     numbers = torch.ones(64 * kernels.TASK_COLUMNS, dtype=torch.bfloat16)
     adding = kernels.compile_kernel(kernels.AddingProgram, numbers.dtype, 1.0)
     # Each doubles in its place what the one before has doubled.
-    address, before = numbers.data_ptr(), torch.get_num_threads()
+    address = numbers.data_ptr()
     steps = [kernels.Step(adding, numbers.numel(), 1, address, address, address) for _ in range(100)]
     joined = kernels.join_steps(steps)
-    torch.set_num_threads(num_threads)
-    try:
-        for _ in range(20):
-            numbers.fill_(2.0**-100)
-            joined.run()
-            assert numbers.eq(1).all()
-    finally:
-        torch.set_num_threads(before)
+    set_threads(num_threads)
+    for _ in range(20):
+        numbers.fill_(2.0**-100)
+        joined.run()
+        assert numbers.eq(1).all()

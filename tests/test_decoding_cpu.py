@@ -562,19 +562,19 @@ def test_memory_of_inference_mode_is_not_written_to(
 
 
 @pytest.mark.usefixtures("needs_kernels")
-def test_threads_and_numbers_of_threads(make_model: Callable[..., PreTrainedModel], calls: list[bool]) -> None:
+def test_threads_and_numbers_of_threads(
+    make_model: Callable[..., PreTrainedModel], calls: list[bool], set_threads: Callable[[int], None]
+) -> None:
     models = [make_model(), make_model("chatglm2", bits=4)]
     expected = [decode_tokens(model, 2, 30) for model in models]
-    before, found = torch.get_num_threads(), {}
-    torch.set_num_threads(2)
-    try:
-        assert all(
-            one.equal(other)
-            for model, results in zip(models, expected)
-            for one, other in zip(decode_tokens(model, 2, 30), results)
-        )
-    finally:
-        torch.set_num_threads(before)
+    found: dict[int, list[torch.Tensor]] = {}
+    set_threads(2)
+    assert all(
+        one.equal(other)
+        for model, results in zip(models, expected)
+        for one, other in zip(decode_tokens(model, 2, 30), results)
+    )
+    set_threads(1)
 
     def work(number: int) -> None:
         # The seed of the prompt belongs to all threads.
@@ -626,22 +626,19 @@ def decode_in_child(model: PreTrainedModel, connection: Any) -> None:
 
 @pytest.mark.usefixtures("needs_kernels")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_forked_processes(make_model: Callable[..., PreTrainedModel]) -> None:
-    model, before = make_model(), torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        expected = decode_tokens(model)
-        context = multiprocessing.get_context("fork")
-        receiver, sender = context.Pipe(duplex=False)
-        # Torch's own products would wait for threads that a forked process does not have.
-        torch.set_num_threads(1)
-        child = context.Process(target=decode_in_child, args=(model, sender))
-        child.start()
-        assert receiver.poll(60)
-        found = receiver.recv()
-        child.join()
-    finally:
-        torch.set_num_threads(before)
+def test_forked_processes(make_model: Callable[..., PreTrainedModel], set_threads: Callable[[int], None]) -> None:
+    model = make_model()
+    set_threads(2)
+    expected = decode_tokens(model)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    # Torch's own products would wait for threads that a forked process does not have.
+    set_threads(1)
+    child = context.Process(target=decode_in_child, args=(model, sender))
+    child.start()
+    assert receiver.poll(60)
+    found = receiver.recv()
+    child.join()
     assert found == [tensor.tolist() for tensor in expected]
 
 

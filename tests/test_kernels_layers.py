@@ -134,13 +134,11 @@ def test_nothing_behind_a_tensor_is_read(dtype: torch.dtype, layers: ModuleType)
 
 @torch.no_grad()
 @pytest.mark.usefixtures("needs_kernels")
-def test_threads_share_the_heads(layers: ModuleType) -> None:
-    heads, before = make_states((2, 16, 8, 600, 64), torch.bfloat16), torch.get_num_threads()
+def test_threads_share_the_heads(layers: ModuleType, set_threads: Callable[[int], None]) -> None:
+    heads = make_states((2, 16, 8, 600, 64), torch.bfloat16)
     expected = layers.attend(*heads, 0.1)
-    torch.set_num_threads(2)
-    found = layers.attend(*heads, 0.1)
-    torch.set_num_threads(before)
-    assert found.equal(expected)
+    set_threads(2)
+    assert layers.attend(*heads, 0.1).equal(expected)
 
 
 @torch.no_grad()

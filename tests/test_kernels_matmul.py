@@ -13,7 +13,7 @@
 # limitations under the License.
 """Products with many rows of input on a CPU, beside plain torch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -41,13 +41,6 @@ def matmul(source: Callable[[str], ModuleType]) -> ModuleType:
     if module.compile_kernel(module.PackingProgram, torch.float16, 1) is None:
         pytest.skip("needs a processor that multiplies bfloat16, and llvmlite")
     return module
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

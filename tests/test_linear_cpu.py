@@ -130,16 +130,15 @@ def test_nothing_behind_a_tensor_is_read(
 
 @pytest.mark.usefixtures("needs_kernels")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_threads_share_a_weight(dtype: torch.dtype, linear_cpu: ModuleType) -> None:
+def test_threads_share_a_weight(
+    dtype: torch.dtype, linear_cpu: ModuleType, set_threads: Callable[[int], None]
+) -> None:
     layer = make_layer(linear_cpu, 1000, 512, dtype, False)
     x = torch.randn(2, 512).to(dtype)
-    before = torch.get_num_threads()
     with torch.no_grad():
         expected = layer(x)
-        torch.set_num_threads(2)
-        product = layer(x)
-        torch.set_num_threads(before)
-    assert product.equal(expected)
+        set_threads(2)
+        assert layer(x).equal(expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

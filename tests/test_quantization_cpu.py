@@ -61,11 +61,8 @@ def llvm_kernels(source: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture
-def two_threads() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def two_threads(set_threads: Callable[[int], None]) -> None:
+    set_threads(2)
 
 
 def random_weight(
@@ -458,10 +455,8 @@ def test_few_rows_are_multiplied_without_decoding(
                 assert found == ["many_rows", *2 * ["by_kernels"], *2 * [several_rows], many_rows]
                 # Decoding all layers by one call is for what these kernels are the fastest for.
                 for num_rows in (24, 25):
-                    x, (weight, scale) = (
-                        torch.zeros(num_rows, 128, dtype=dtype),
-                        random_weight(bits, 48, 128, group_size),
-                    )
+                    x = torch.zeros(num_rows, 128, dtype=dtype)
+                    weight, scale = random_weight(bits, 48, 128, group_size)
                     steps = kernels.find_steps(x, weight, scale, None, x.new_empty(num_rows, 48), new_memory)
                     assert (steps is None) is (num_rows == 25 and several_rows == "matrices")
                 found = ways(bits, (1, 64, 65), dtype, in_features=160, group_size=group_size)

@@ -187,16 +187,12 @@ def test_weights_in_any_memory_layout(
         torch.set_num_threads(before)
 
 
-def test_threads_go_on_as_they_were(quantization: ModuleType) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        weight = torch.randn(1024, 4096)
-        weight[1000, 7] = torch.nan
-        with pytest.raises(ValueError, match="not finite"):
-            quantization.quantize_weight(weight, 4)
-        with torch.inference_mode():
-            codes, _ = quantization.quantize_weight(weight.nan_to_num(), 4)
-        assert codes.is_inference() and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+def test_threads_go_on_as_they_were(quantization: ModuleType, set_threads: Callable[[int], None]) -> None:
+    set_threads(2)
+    weight = torch.randn(1024, 4096)
+    weight[1000, 7] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        quantization.quantize_weight(weight, 4)
+    with torch.inference_mode():
+        codes, _ = quantization.quantize_weight(weight.nan_to_num(), 4)
+    assert codes.is_inference() and torch.get_num_threads() == 2
